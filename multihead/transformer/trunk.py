@@ -1,0 +1,279 @@
+"""The one Transformer: vectors in, vectors out. It does not know tokens from patches, items or sounds.
+
+Attention is softmax(Q Kᵀ / √d_k) V (Vaswani et al. 2017, section 3.2.1), computed by torch's
+``scaled_dot_product_attention``; its slow twin of six lines stands in the tests.
+
+Legend: B batch, T positions that ask, S positions that are looked at, D d_model, H heads, K key/value heads,
+E head width, F feed-forward width, X several of these laid end to end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multihead.transformer.cache import Cache, Step
+from multihead.transformer.config import TransformerConfig
+
+
+def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axis."""
+    size = size or config.d_model
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_table(head_size: int, max_length: int, theta: float) -> Tensor:
+    """Angles of rotary positions (Su et al. 2021, section 3.2.2): (max_length, 2, E/2), cosines then sines."""
+    inverse_E2 = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle_TE2 = torch.arange(max_length, dtype=torch.float64)[:, None] * inverse_E2
+    return torch.stack((angle_TE2.cos(), angle_TE2.sin()), dim=1).float()
+
+
+def rotate(x_BTHE: Tensor, angles_BT2E: Tensor) -> Tensor:
+    """Turn each pair (e, e + E/2) of every head by its position's angle. Angles: (B or 1, T, 2, E/2)."""
+    cos, sin = angles_BT2E.to(x_BTHE.dtype)[..., None, :].unbind(2)
+    a, b = x_BTHE.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) attention over the input itself, or over `memory`."""
+
+    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        self.dropout = config.dropout
+        q_size, kv_size = self.heads * self.head_size, self.kv_heads * self.head_size
+        if cross:
+            self.q = nn.Linear(config.d_model, q_size, bias=config.bias)
+            self.kv = nn.Linear(config.d_model, 2 * kv_size, bias=config.bias)
+            mark_split(self.kv, 2)
+        else:
+            self.qkv = nn.Linear(config.d_model, q_size + 2 * kv_size, bias=config.bias)
+            if q_size == kv_size:
+                mark_split(self.qkv, 3)
+        self.out = nn.Linear(q_size, config.d_model, bias=config.bias)
+        self.q_norm = make_norm(config, self.head_size) if config.qk_norm else None
+        self.k_norm = make_norm(config, self.head_size) if config.qk_norm else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        angles_BT2E: Tensor | None = None,
+        mask_BHTS: Tensor | None = None,
+        causal: bool = False,
+        cache: tuple[Cache, int, Step] | None = None,
+    ) -> Tensor:
+        """Self-attention: x (B, T, D) → (B, T, D)."""
+        B, T, _ = x_BTD.shape
+        qkv_BTXE = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+            if angles_BT2E is not None:
+                q_BTHE, k_BTKE = rotate(q_BTHE, angles_BT2E), rotate(k_BTKE, angles_BT2E)
+        elif angles_BT2E is not None:
+            qk_BTXE, v_BTKE = qkv_BTXE.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+            q_BTHE, k_BTKE = rotate(qk_BTXE, angles_BT2E).split((self.heads, self.kv_heads), dim=2)
+        else:
+            q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
+        if cache is not None:
+            store, layer, step = cache
+            k_BKSE, v_BKSE = store.write(layer, k_BKSE, v_BKSE, step)
+        return self._attend(q_BHTE, k_BKSE, v_BKSE, mask_BHTS, causal)
+
+    def over(self, x_BTD: Tensor, memory: tuple[Tensor, Tensor], mask_BHTS: Tensor | None) -> Tensor:
+        """Cross-attention: x (B, T, D) over the memory's keys and values, each (B, K, S, E) → (B, T, D)."""
+        B, T, _ = x_BTD.shape
+        q_BTHE = self.q(x_BTD).view(B, T, self.heads, self.head_size)
+        if self.q_norm is not None:
+            q_BTHE = self.q_norm(q_BTHE)
+        return self._attend(q_BTHE.transpose(1, 2), *memory, mask_BHTS, causal=False)
+
+    def memory(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a memory (B, S, D), each (B, K, S, E); worked out once a sequence when decoding."""
+        B, S, _ = memory_BSD.shape
+        k_BSKE, v_BSKE = self.kv(memory_BSD).view(B, S, 2 * self.kv_heads, self.head_size).chunk(2, dim=2)
+        if self.k_norm is not None:
+            k_BSKE = self.k_norm(k_BSKE)
+        return k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+
+    def _attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE.to(v_BKSE.dtype),
+            k_BKSE.to(v_BKSE.dtype),
+            v_BKSE,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(y_BHTE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with GELU, ReLU or ReLU² between them, or SwiGLU (Shazeer 2020): (…, D) → (…, D)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        gated = config.activation == "swiglu"
+        self.up = nn.Linear(config.d_model, config.ff_size * (2 if gated else 1), bias=config.bias)
+        if gated:
+            mark_split(self.up, 2)
+        self.down = nn.Linear(config.ff_size, config.d_model, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTD)
+        if self.activation == "swiglu":
+            gate_BTF, value_BTF = h_BTF.chunk(2, dim=-1)
+            h_BTF = F.silu(gate_BTF) * value_BTF
+        elif self.activation == "gelu":
+            h_BTF = F.gelu(h_BTF)
+        elif self.activation == "relu2":
+            h_BTF = F.relu(h_BTF).square()
+        else:
+            h_BTF = F.relu(h_BTF)
+        return self.down(self.dropout(h_BTF))
+
+
+class Block(nn.Module):
+    """Attention, optional attention over a memory, feed-forward; each with its norm and its residual."""
+
+    def __init__(self, config: TransformerConfig, cross_attention: bool) -> None:
+        super().__init__()
+        self.before = config.norm_position == "before"
+        self.attention_norm, self.attention = make_norm(config), Attention(config)
+        self.cross_norm = make_norm(config) if cross_attention else None
+        self.cross = Attention(config, cross=True) if cross_attention else None
+        self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        angles_BT2E: Tensor | None,
+        mask_BHTS: Tensor | None,
+        causal: bool,
+        memory: tuple[Tensor, Tensor] | None,
+        memory_mask_BHTS: Tensor | None,
+        cache: tuple[Cache, int, Step] | None,
+    ) -> Tensor:
+        if self.before:
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_BT2E, mask_BHTS, causal, cache))
+            if self.cross is not None and self.cross_norm is not None and memory is not None:
+                x_BTD = x_BTD + self.dropout(self.cross.over(self.cross_norm(x_BTD), memory, memory_mask_BHTS))
+            return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_BT2E, mask_BHTS, causal, cache)))
+        if self.cross is not None and self.cross_norm is not None and memory is not None:
+            x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross.over(x_BTD, memory, memory_mask_BHTS)))
+        return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+
+
+class Trunk(nn.Module):
+    """A stack of blocks: x (B, T, D) → (B, T, D).
+
+    Args:
+        config: the shape.
+        causal: position t looks at positions ≤ t only (decoders).
+        cross_attention: every block also looks at a `memory` (decoders of encoder–decoder models).
+    """
+
+    angles_T2E: Tensor | None
+
+    def __init__(self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        self.blocks = nn.ModuleList(Block(config, cross_attention) for _ in range(config.num_layers))
+        self.norm = make_norm(config) if config.norm_position == "before" else None
+        table = rotary_table(config.head_size, config.max_length, config.rope_theta) if config.positions == "rotary" else None
+        self.register_buffer("angles_T2E", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of variance 1/(3·fan-in); maps that end a residual branch smaller by √(2·layers), so that the
+        sum over all branches keeps its size at any depth (Radford et al. 2019, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = math.sqrt(1 / (3 * parameter.shape[1]))
+                if name.endswith(("out.weight", "down.weight")):
+                    std /= math.sqrt(2 * self.config.num_layers)
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """One pass.
+
+        Args:
+            x_BTD: input vectors.
+            positions: (B, T) or (T,) positions for the rotation. None: 0 … T−1, or behind what `cache` holds.
+            mask: (B, T) bool, True at real positions (padding mask); or (B, T, S) bool, True where query t may look at s.
+            memory: (B, S, D) encoder output to look at; with a cache, only needed on its first call.
+            memory_mask: (B, S) bool, True at real memory positions.
+            cache: keys and values of earlier positions. Written, never advanced: the caller does that.
+        """
+        B, T, _ = x_BTD.shape
+        step = cache.plan(T, x_BTD.device) if cache is not None else None
+        if step is not None:
+            positions = step.positions_BT if positions is None else positions
+            mask_BHTS = None if step.mask_BTS is None else step.mask_BTS[:, None]
+            causal = step.causal
+        else:
+            mask_BHTS, causal = attention_mask(mask, T, self.causal, x_BTD.device)
+        angles = self._angles(positions, T)
+        if cache is not None and memory_mask is None:
+            memory_mask = cache.memory_mask_BS
+        memory_mask_BHTS = None if memory_mask is None else memory_mask[:, None, None, :]
+        for layer, block in enumerate(self.blocks):
+            kv = self._memory(block, layer, memory, cache)
+            place = None if cache is None or step is None else (cache, layer, step)
+            x_BTD = block(x_BTD, angles, mask_BHTS, causal, kv, memory_mask_BHTS, place)
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _angles(self, positions: Tensor | None, T: int) -> Tensor | None:
+        if self.angles_T2E is None:
+            return None
+        return self.angles_T2E[None, :T] if positions is None else self.angles_T2E[positions.reshape(-1, T)]
+
+    def _memory(self, block: nn.Module, layer: int, memory: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor] | None:
+        if cache is not None and cache.cross[layer] is not None:
+            return cache.cross[layer]
+        if memory is None or not isinstance(block, Block) or block.cross is None:
+            return None
+        kv = block.cross.memory(memory)
+        if cache is not None:
+            cache.cross[layer] = kv
+        return kv
+
+
+def attention_mask(mask: Tensor | None, T: int, causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
+    """The mask for SDPA, (B, 1, T or 1, S) bool or None, and whether SDPA's own causal order is enough."""
+    if mask is None:
+        return None, causal
+    full = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+    if causal:
+        full = full & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        # A padded row in front would have nothing to look at, and a softmax over nothing is NaN: let each see itself.
+        full = full | torch.eye(T, dtype=torch.bool, device=device)
+    return full, False
+
+
+def mark_split(linear: nn.Linear, parts: int) -> None:
+    """Tell the optimizer that this weight is `parts` matrices stacked by rows (Muon orthogonalises each alone)."""
+    linear.weight.muon_split = parts  # type: ignore[assignment]
