@@ -1,0 +1,234 @@
+"""What a task is: the five steps as methods. One file, one task.
+
+A task file defines one subclass of `Task` in a file named after the task: ``tasks/language/text_classification.py`` is
+``text-classification``. ``find`` looks there first, then among installed packages (entry-point group
+``multihead.tasks``), and takes ``./mine.py`` for a file of the user's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from multihead.data.rows import Column
+from multihead.errors import UserError, nearest, tr
+
+Example = dict[str, np.ndarray]
+Batch = dict[str, Tensor]
+Answer = dict[str, Any]
+TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass
+class Loss:
+    """A sum and a count, never a mean: the loop divides once, over all micro-batches and ranks."""
+
+    total: Tensor
+    """Sum over the counted things (tokens, rows), a scalar with a gradient."""
+    count: int | Tensor
+    """How many things were summed."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Further sums to log, each divided by the same count."""
+
+
+class Options(BaseModel):
+    """A task's own knobs: the recipe's ``options:`` section. Subclass it inside the task file."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Task:
+    """One thing that can be learned. A plain object; what ``fit`` learns of the data is kept on it and saved."""
+
+    field: ClassVar[str] = ""
+    """language, vision, recommendation or speech."""
+    title: ClassVar[tuple[str, str]] = ("", "")
+    """What it does, in English and Chinese, for ``multihead tasks``."""
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """What a row holds; the columns marked ``identity`` say which rows are duplicates of each other."""
+    Options: ClassVar[type[Options]] = Options
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Values this task prefers in the sections ``data``, ``model``, ``train``; the recipe overrides them."""
+    metric: ClassVar[tuple[str, str]] = ("loss", "min")
+    """The figure that picks the best weights and stops early, and whether less ("min") or more ("max") is better."""
+    emits: ClassVar[bool] = False
+    """True where the model has ``start`` and ``step`` and is served token by token."""
+
+    def __init__(self, options: Any = None, seed: int = 0) -> None:
+        self.options: Any = options if options is not None else self.Options()
+        self.seed = seed
+
+    # -- prepare ------------------------------------------------------------------------------------------------------
+
+    def fit(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Learn codecs from the training rows (read as often as needed; never all in memory)."""
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        """One raw row → arrays, ragged on their first axis. The only road from raw to numbers, in training and serving.
+
+        A row without its target (at serving time) is encoded without it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.encode")
+
+    def examples(self, store: Any, part: str) -> Sequence[Example]:
+        """What one training example is. Default: one row. Language modelling cuts windows from the stream instead.
+
+        Args:
+            store: a `multihead.data.store.Store` of encoded rows.
+            part: "train", "valid" or "test".
+        """
+        return store
+
+    def describe(self, store: Any) -> dict[str, Any]:
+        """What the data report says of one part beyond rows and lengths (classes, tokens …)."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write the codecs into `folder`: JSON and safetensors only."""
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote."""
+
+    # -- build --------------------------------------------------------------------------------------------------------
+
+    def model(self, config: Any) -> nn.Module:
+        """The module, with ``.trunk`` (or ``.encoder`` and ``.decoder``); `config` is a `TransformerConfig`."""
+        raise NotImplementedError(f"{type(self).__name__}.model")
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def augment(self, example: Example, rng: np.random.Generator) -> Example:
+        """Crop, mask, noise; training loader only."""
+        return example
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Examples → tensors. Default: each key padded with zeros to the longest, and ``<key>_lengths`` where ragged."""
+        return pad(examples)
+
+    def length(self, store: Any) -> np.ndarray | None:
+        """Length of each example, for batches of like lengths; None where all are alike."""
+        return None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Sum and count of the loss over one (micro-)batch."""
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    # -- evaluate -----------------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
+        """One JSON-able answer a row. `ask` holds what the caller wants beyond the defaults."""
+        raise NotImplementedError(f"{type(self).__name__}.predict")
+
+    def score(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of answers against the rows they answer."""
+        raise NotImplementedError(f"{type(self).__name__}.score")
+
+    def figures(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the report shows beyond numbers: {"confusion": {...}, "mistakes": [...], "samples": [...]}."""
+        return {}
+
+    # -- serve --------------------------------------------------------------------------------------------------------
+
+    def request(self, body: Any) -> dict[str, Any]:
+        """The HTTP body of ``/v1/predict`` → one row. Default: the object itself, or a bare string as the first column."""
+        if isinstance(body, dict):
+            return body
+        return {self.columns[0].name: body}
+
+    def response(self, answer: Answer) -> Any:
+        """An answer → what is sent back."""
+        return answer
+
+
+def pad(examples: Sequence[Example]) -> Batch:
+    """Each key padded with zeros to the longest: scalars (B,), arrays (B, longest, …) and ``<key>_lengths`` (B,)."""
+    batch: Batch = {}
+    for key in examples[0]:
+        arrays = [example[key] for example in examples]
+        if arrays[0].ndim == 0:
+            batch[key] = torch.from_numpy(np.stack(arrays))
+            continue
+        lengths = np.array([len(a) for a in arrays])
+        out = np.zeros((len(arrays), max(int(lengths.max()), 1), *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[: len(array)] = array
+        batch[key] = torch.from_numpy(out)
+        batch[f"{key}_lengths"] = torch.from_numpy(lengths)
+    return batch
+
+
+def names() -> dict[str, tuple[str, Path]]:
+    """Built-in tasks: name → (field, file). The folder is the registry."""
+    return {
+        path.stem.replace("_", "-"): (path.parent.name, path)
+        for path in sorted(TASKS.glob("*/*.py"))
+        if not path.stem.startswith("_")
+    }
+
+
+def find(name: str, base: Path | None = None) -> type[Task]:
+    """The class of the task `name`: built in, from an installed package, or in a file (``./mine.py``).
+
+    Args:
+        base: the folder a file's path is relative to (the recipe's own).
+    """
+    if name.endswith(".py"):
+        path = (base or Path()) / name
+        if not path.is_file():
+            raise UserError(tr(f"no task file {path}", f"没有任务文件 {path}"))
+        return _from_file(path.resolve())
+    built_in = names()
+    if name in built_in:
+        field_name, path = built_in[name]
+        return _only_task(importlib.import_module(f"multihead.tasks.{field_name}.{path.stem}"), str(path))
+    installed = {point.name: point for point in metadata.entry_points(group="multihead.tasks")}
+    if name in installed:
+        return installed[name].load()
+    known = sorted([*built_in, *installed])
+    raise UserError(
+        tr(
+            f"no task is called '{name}'{nearest(name, known)}; there are: {', '.join(known)}; "
+            "a task of your own is named by its file, ./mine.py",
+            f"没有名为 '{name}' 的任务{nearest(name, known)}；现有：{'、'.join(known)}；自己的任务用文件名表示，如 ./mine.py",
+        )
+    )
+
+
+def _from_file(path: Path) -> type[Task]:
+    module_name = f"multihead_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(tr(f"{path} is not a Python file", f"{path} 不是 Python 文件"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(tr(f"the task file does not load: {error!r}", f"任务文件无法载入：{error!r}"), str(path)) from error
+    return _only_task(module, str(path))
+
+
+def _only_task(module: Any, where: str) -> type[Task]:
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(
+            tr(f"a task file defines exactly one subclass of Task; this one has {len(found)}",
+               f"一个任务文件应当只定义一个 Task 的子类；这里有 {len(found)} 个"),
+            where,
+        )
+    return found[0]

@@ -1,0 +1,200 @@
+"""text-generation: learn to go on with a text, from any text files.
+
+A decoder-only Transformer over bytes joined to words (BPE) or over characters, trained to predict the next token
+(Radford et al. 2019). Files are one stream; a training example is a window of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from multihead import task as base
+from multihead.codec.text import TextCodec
+from multihead.data.rows import Column
+from multihead.data.store import Store, Windows
+from multihead.errors import UserError, tr
+from multihead.generation.loop import Emitter
+from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.transformer.cache import Cache
+from multihead.transformer.config import TransformerConfig
+from multihead.transformer.heads import TokenHead
+from multihead.transformer.inputs import TokenInput
+from multihead.transformer.trunk import Trunk
+
+
+class LanguageModel(Emitter):
+    """Decoder-only language model: ids (B, T) → logits (B, T, vocab_size)."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, tied: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.input = TokenInput(config, vocab_size)
+        self.trunk = Trunk(config, causal=True)
+        self.head = TokenHead(config.d_model, vocab_size, self.input.token if tied else None)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.head(self.trunk(self.input(ids_BT)))
+
+    def start(self, batch: Batch) -> tuple[Cache, Tensor]:
+        """Read prompts ``ids`` (B, T), right-padded to T, of ``lengths`` (B,): the state and the next token's logits (B, V)."""
+        ids_BT, lengths = batch["ids"], batch["lengths"].tolist()
+        cache = Cache(self.config.num_layers, [0] * len(lengths))
+        x_BTD = self.trunk(self.input(ids_BT), cache=cache)
+        cache.advance(lengths)
+        reach = self.input.memory
+        if reach:
+            padded = F.pad(ids_BT, (reach, 0), value=-1)
+            cache.recent_BN = torch.stack([row[n : n + reach] for row, n in zip(padded, lengths, strict=True)])
+        last_B = batch["lengths"].to(x_BTD.device) - 1
+        return cache, self.head(x_BTD[torch.arange(len(lengths), device=x_BTD.device), last_B])
+
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        """One more token a row (B,): the logits of the one after it (B, V). Advances the cache by one."""
+        ids_B1 = ids_B[:, None]
+        positions = torch.tensor(cache.lengths, device=ids_B.device)[:, None] if self.config.positions in ("learned", "sinusoidal") else None
+        x_B1D = self.trunk(self.input(ids_B1, positions, cache.recent_BN), cache=cache)
+        cache.advance(1)
+        if cache.recent_BN is not None:
+            cache.recent_BN = torch.cat((cache.recent_BN[:, 1:], ids_B1), dim=1)
+        return self.head(x_B1D[:, 0])
+
+
+class TextGeneration(Task):
+    """Next-token prediction over the windows of a stream of text."""
+
+    field = "language"
+    title = ("go on with a text: a language model of your own files", "续写文本：用自己的文件训练语言模型")
+    columns = (Column("text", "text", names=("text", "content", "正文", "文本", "内容", "paragraphs"), identity=True),)
+    metric = ("loss", "min")
+    emits = True
+    defaults = {
+        "data": {"split": {"valid": 0.1, "test": 0.0, "by": "order"}, "deduplicate": False},
+        "model": {"max_length": 256},
+        "train": {"optimizer": "muon"},
+    }
+
+    class Options(base.Options):
+        tokenizer: Literal["bpe", "char"] = "bpe"
+        """bpe: byte-level pairs, any language, nothing is unknown. char: one token a character."""
+        vocab_size: int = Field(8000, ge=260)
+        """Size of the BPE vocabulary; the characters of the training text decide where the tokenizer is char."""
+        context: int = Field(256, ge=2)
+        """Tokens in one training window."""
+        tied: bool = True
+        """Share the token embedding with the output."""
+        prompts: list[str] = []
+        """Texts that the report goes on with, to show what the model writes."""
+
+    codec: TextCodec
+
+    def fit(self, rows: Iterable[dict[str, Any]]) -> None:
+        texts = (row["text"] for row in rows)
+        self.codec = TextCodec.fit(texts, kind=self.options.tokenizer, vocab_size=self.options.vocab_size)
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        ids = self.codec.encode(row["text"])
+        # A document of its own ends with <eos>; a piece of a longer file does not, and the stream runs on.
+        if not row.get("joined", False):
+            ids = np.concatenate((np.array([self.codec.bos], dtype=ids.dtype), ids))
+        size = np.array(len(row["text"].encode("utf-8", "surrogatepass")), dtype=np.int64)
+        return {"ids": ids, "bytes": size}
+
+    def examples(self, store: Store, part: str) -> Sequence[Example]:
+        """Windows of context + 1 tokens. Training windows overlap by half, so that no cut is always at the same place;
+        the others lie end to end, so that every token is predicted exactly once."""
+        context = self.options.context
+        return Windows(store, "ids", context + 1, max(1, context // 2) if part == "train" else context)
+
+    def describe(self, store: Store) -> dict[str, Any]:
+        tokens, size = int(store.lengths("ids").sum()), int(store.stream("bytes").sum())
+        return {"tokens": tokens, "bytes": size, "bytes_per_token": round(size / max(1, tokens), 3)}
+
+    def save(self, folder: Path) -> None:
+        self.codec.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.codec = TextCodec.load(folder)
+
+    def model(self, config: TransformerConfig) -> LanguageModel:
+        if config.positions != "rotary" and config.max_length < self.options.context:
+            raise UserError(
+                tr(f"options.context is {self.options.context}, beyond model.max_length {config.max_length}",
+                   f"options.context 是 {self.options.context}，超过了 model.max_length {config.max_length}")
+            )
+        return LanguageModel(config, self.codec.vocab_size, self.options.tied)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        ids_BT = batch["ids"].long()
+        logits_BTV = model(ids_BT[:, :-1])
+        target_BT = ids_BT[:, 1:]
+        lengths_B = batch["ids_lengths"]
+        if int(lengths_B.min()) == ids_BT.shape[1]:
+            return Loss(F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum"), target_BT.numel())
+        real_BT = torch.arange(target_BT.shape[1], device=ids_BT.device) < lengths_B[:, None] - 1
+        target_BT = target_BT.masked_fill(~real_BT, -100)
+        total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum", ignore_index=-100)
+        return Loss(total, int(real_BT.sum()))
+
+    def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
+        """With ``ask["evaluate"]``: how well each window is foretold. Else: each prompt gone on with.
+
+        `ask` may hold the fields of `Sampling` (max_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed).
+        """
+        if ask.get("evaluate"):
+            return self._foretell(model, batch)
+        from multihead.generation.loop import complete
+        from multihead.generation.sampling import Sampling
+
+        if not isinstance(model, Emitter):
+            raise TypeError(f"{type(model).__name__} has no start and step")
+        sampling = Sampling.of(ask)
+        prompts = [row[:n].tolist() for row, n in zip(batch["ids"], batch["ids_lengths"].tolist(), strict=True)]
+        return [
+            {"text": done.text, "tokens": len(done.ids), "finish_reason": done.reason}
+            for done in complete(model, self.codec, prompts, sampling)
+        ]
+
+    def _foretell(self, model: nn.Module, batch: Batch) -> list[Answer]:
+        ids_BT, lengths_B = batch["ids"].long(), batch["ids_lengths"]
+        logits_BTV = model(ids_BT[:, :-1]).float()
+        target_BT = ids_BT[:, 1:]
+        loss_BT = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="none").view_as(target_BT)
+        real_BT = torch.arange(target_BT.shape[1], device=ids_BT.device) < lengths_B[:, None] - 1
+        right_BT = (logits_BTV.argmax(-1) == target_BT) & real_BT
+        answers = []
+        for loss, real, right, target in zip(loss_BT, real_BT, right_BT, target_BT, strict=True):
+            ids = target[real].tolist()
+            answers.append({
+                "loss": float(loss[real].sum()),
+                "tokens": len(ids),
+                "bytes": sum(len(self.codec.token(i)) for i in ids),
+                "right": int(right.sum()),
+            })
+        return answers
+
+    def score(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Loss in nats a token, its exponent (perplexity), bits a byte of text, and how often the first guess is right."""
+        loss, tokens = sum(a["loss"] for a in answers), max(1, sum(a["tokens"] for a in answers))
+        size = max(1, sum(a["bytes"] for a in answers))
+        return {
+            "loss": loss / tokens,
+            "perplexity": math.exp(min(700.0, loss / tokens)),
+            "bits_per_byte": loss / math.log(2) / size,
+            "token_accuracy": sum(a["right"] for a in answers) / tokens,
+        }
+
+    def request(self, body: Any) -> dict[str, Any]:
+        return {"text": body} if isinstance(body, str) else dict(body)
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation as one text: what a model that only goes on with texts can read."""
+        return "\n".join(message["content"] for message in messages)
