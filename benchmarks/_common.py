@@ -31,8 +31,11 @@ class Aim:
     holds: bool
 
 
-def arguments(about: str | None, minutes: float, extra: Sequence[tuple[str, dict[str, Any]]] = ()) -> argparse.Namespace:
-    """``--json FILE`` and ``--minutes N`` (default `minutes`: the budget at which the aims are meant), and the `extra` ones."""
+Options = Sequence[tuple[str, dict[str, Any]]]
+
+
+def arguments(about: str | None, minutes: float, extra: Options = ()) -> argparse.Namespace:
+    """``--json FILE``, ``--minutes N`` (default `minutes`: the budget at which the aims are meant), and `extra`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--minutes", type=float, default=minutes, metavar="N", help=f"time budget; default {minutes:g}")
@@ -70,7 +73,8 @@ def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, An
 def finish(args: argparse.Namespace, aims: Sequence[Aim], more: dict[str, Any] | None = None) -> int:
     """Print machine and table, write the JSON file, and return the exit code: 0 only where every aim holds."""
     where = machine()
-    print("\n" + ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in where.items()))
+    said = (f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in where.items())
+    print("\n" + ", ".join(said))
     head = ("", "peer", "ours", "unit", "aim", "holds")
     rows = [(a.name, _text(a.peer), _text(a.ours), a.unit, a.aim, "yes" if a.holds else "NO") for a in aims]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
