@@ -1,0 +1,85 @@
+"""Which rows make up which batch: a pure function of the seed and the step, so that resuming needs no state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+
+import numpy as np
+
+from multihead.errors import UserError, tr
+
+POOL = 64  # batches sorted by length together: little padding, and batches still differ from epoch to epoch
+
+
+class Loader:
+    """Batches of example indices for training.
+
+    `examples` is what is trained on (only its length is asked) or that length. `lengths` (one a row) puts rows of like
+    length in one batch. Rank r of `world` takes every world-th row of the batch, from row r: the global batch does not
+    depend on the number of ranks. The last incomplete batch of an epoch is dropped; with fewer rows than `batch_size`,
+    a batch is all rows.
+    """
+
+    def __init__(self, examples: Sized | int, batch_size: int, *, seed: int = 0, shuffle: bool = True,
+                 lengths: np.ndarray | None = None, rank: int = 0, world: int = 1) -> None:
+        self.rows = examples if isinstance(examples, int) else len(examples)
+        if self.rows < 1:
+            raise UserError(tr("there are no rows to train on", "没有可以训练的数据行"))
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
+        self.batch_size = min(batch_size, self.rows)
+        if self.batch_size < world:
+            raise UserError(tr(
+                f"a batch of {self.batch_size} rows cannot be shared by {world} processes; "
+                f"give train.batch_size at least {world}, and at least as many rows",
+                f"一批 {self.batch_size} 行不够分给 {world} 个进程；train.batch_size 和数据行数都至少要有 {world}"))
+        if lengths is not None and len(lengths) != self.rows:
+            raise ValueError(f"{len(lengths)} lengths for {self.rows} rows")
+        self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self.rows // self.batch_size
+
+    def batch(self, step: int) -> np.ndarray:
+        """This rank's row indices at `step` (from 0), (≤ batch_size,) int64."""
+        epoch, within = divmod(int(step), len(self))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._make_order(epoch)
+        start = within * self.batch_size
+        return self._order[start:start + self.batch_size][self.rank::self.world]
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        used = len(self) * self.batch_size
+        if not self.shuffle:
+            return np.arange(used, dtype=np.int64)
+        order = _permutation(self.rows, self.seed, epoch, 0)[:used]
+        if self.lengths is None:
+            return order
+        pool = POOL * self.batch_size
+        for start in range(0, used, pool):
+            part = order[start:start + pool]
+            order[start:start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = order.reshape(len(self), self.batch_size)
+        return batches[_permutation(len(self), self.seed, epoch, 1)].reshape(-1)
+
+
+def _permutation(n: int, seed: int, epoch: int, use: int) -> np.ndarray:
+    # Sorting raw PCG64 words: NumPy promises their values for good, but not those of Generator.permutation (NEP 19).
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch, use])).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def sequential(n: int, batch_size: int, lengths: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Index arrays that cover rows 0..n-1 once each, for evaluation.
+
+    With `lengths`, longest first: little padding, and a batch too large for the memory fails at once.
+    """
+    order = np.arange(n, dtype=np.int64)
+    if lengths is not None:
+        order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    for start in range(0, n, batch_size):
+        yield order[start:start + batch_size]
