@@ -1,0 +1,278 @@
+"""The optimizer, its schedule, gradient clipping, and the moving average of the weights.
+
+One ``torch.optim.Optimizer`` holds two kinds of groups: Muon for the trunk's matrices, AdamW for everything else
+(embeddings, norms, biases, heads), so that there is one state to save. Each step is a few calls on lists and batches of
+tensors and none a weight, for a small model on a CPU spends its time between the calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from ..transformer.trunk import Trunk
+from .device import fast_bf16
+
+# Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024): the steepest slope at zero.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sends each matrix U S Vᵀ close to U Vᵀ by Newton–Schulz iterations: (N, R, C) → (N, R, C), of type `dtype`.
+
+    With the quintic's coefficients the singular values land between about 0.7 and 1.2 rather than at 1, which Muon does
+    not mind (Jordan 2024). Works on the shorter side, all N matrices at once.
+    """
+    a, b, c = QUINTIC
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype).contiguous()
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups with ``muon: True`` follow Muon (2-D weights only), the others AdamW (Loshchilov & Hutter 2019).
+
+    Group keys: ``lr weight_decay`` and, for Muon, ``momentum steps match_rms``; for AdamW, ``betas eps``.
+    Muon here is Nesterov momentum, then `orthogonalize`, then a step of lr·√max(1, R/C) (Jordan 2024), or of
+    lr·0.2·√max(R, C) with ``match_rms``: the size of AdamW's steps, so that its learning rate serves for both (Liu et
+    al. 2025, arXiv 2502.16982, section 2.2). A weight with an attribute ``muon_split = n`` is n matrices stacked by
+    rows, each orthogonalized alone.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "momentum": 0.95, "steps": 5, "match_rms": False,
+                    "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["muon"] else ():
+                shape, parts = tuple(parameter.shape), _split(parameter)
+                if len(shape) != 2 or shape[0] % parts:
+                    raise ValueError(f"Muon takes matrices of equal blocks, not {shape} in {parts}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        for group in self.param_groups:
+            live = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if live:
+                (self._muon if group["muon"] else self._adamw)(group, live)
+
+    def _muon(self, group: dict[str, Any], live: list[Tensor]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        for parameter in live:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum"] for parameter in live]
+        gradients = [parameter.grad for parameter in live if parameter.grad is not None]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, averages, momentum)
+        if group["weight_decay"]:
+            torch._foreach_mul_(live, 1 - lr * group["weight_decay"])
+        alike: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, update in zip(live, updates, strict=True):
+            parts = _split(parameter)
+            blocks = zip(parameter.chunk(parts), update.chunk(parts), strict=True)
+            alike[(parameter.shape[0] // parts, parameter.shape[1], parameter.device, parameter.dtype)].extend(blocks)
+        for (rows, columns, device, dtype), pairs in alike.items():
+            targets, moves = zip(*pairs, strict=True)
+            number = torch.bfloat16 if fast_bf16(device) else torch.float32
+            straight = orthogonalize(torch.stack(moves), group["steps"], number).to(dtype)
+            scale = 0.2 * math.sqrt(max(rows, columns)) if group["match_rms"] else math.sqrt(max(1.0, rows / columns))
+            torch._foreach_add_(targets, straight.unbind(0), alpha=-lr * scale)
+
+    def _adamw(self, group: dict[str, Any], live: list[Tensor]) -> None:
+        for parameter in live:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}  # fmt: skip
+        states = [self.state[parameter] for parameter in live]
+        first, second = group["betas"]
+        adamw(
+            live, [parameter.grad for parameter in live],  # type: ignore[misc]
+            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            fused=True, amsgrad=False, beta1=first, beta2=second, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+
+def _split(parameter: Tensor) -> int:
+    return int(getattr(parameter, "muon_split", 1)) or 1
+
+
+def build(
+    model: nn.Module,
+    *,
+    optimizer: str = "muon",
+    lr: float = 1e-3,
+    muon_lr: float | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    momentum: float = 0.95,
+    eps: float = 1e-8,
+    steps: int = 5,
+    decay_embeddings: bool = True,
+) -> MuonAdamW:
+    """The optimizer for `model`.
+
+    "muon": the matrices inside each `Trunk`, and any weight with ``muon_split``, go to Muon at `muon_lr` (None: at
+    `lr`, with AdamW's step size); the rest to AdamW at `lr`. "adamw": everything goes to AdamW. Weights with fewer than
+    two axes never decay. Each group keeps its peak rate in ``base_lr``; `set_lr` scales it.
+    """
+    if optimizer not in ("muon", "adamw"):
+        raise ValueError(f"optimizer: {optimizer!r}; known: muon, adamw")
+    matrices = set(_matrices(model)) if optimizer == "muon" else set()
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    muon, decayed, plain = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in matrices:
+            muon.append(parameter)
+        elif parameter.dim() >= 2 and (decay_embeddings or parameter not in tables):
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    adam = {"lr": lr, "betas": tuple(betas), "eps": eps}
+    groups: list[dict[str, Any]] = [
+        {"params": muon, "muon": True, "lr": lr if muon_lr is None else muon_lr, "weight_decay": weight_decay,
+         "momentum": momentum, "steps": steps, "match_rms": muon_lr is None},
+        {"params": decayed, "weight_decay": weight_decay, **adam},
+        {"params": plain, "weight_decay": 0.0, **adam},
+    ]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    return MuonAdamW(groups)
+
+
+def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Hidden matrices: those of a trunk, and those that a module marked itself (``muon_split``; 0 keeps one out)."""
+    for module in model.modules():
+        trunk = isinstance(module, Trunk)
+        for parameter in module.parameters(recurse=trunk):
+            marked = getattr(parameter, "muon_split", None)
+            if parameter.dim() == 2 and (trunk if marked is None else marked):
+                yield parameter
+
+
+# ---- schedule ------------------------------------------------------------------------------------------------------
+
+
+def lr_scale(step: int, *, steps: int, warmup: int = 0, decay: str = "cosine", floor: float = 0.0) -> float:
+    """The factor on every group's peak rate at `step` (0 … steps − 1): a pure function.
+
+    Rises linearly to 1 over the first `warmup` steps, never starting at 0, then falls to `floor` at the last step along
+    a half cosine ("cosine") or a line ("linear"), or stays ("constant"). `floor` is min_lr / lr.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if decay == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    if decay == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if decay == "linear":
+        return floor + (1 - floor) * (1 - done)
+    raise ValueError(f"decay: {decay!r}; known: cosine, linear, constant")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Sets every group's rate to `scale` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * scale
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[Tensor], max_norm: float | None = None, scale: float = 1.0) -> Tensor:
+    """Multiplies all gradients by `scale`, then shrinks them so that their joint 2-norm is at most `max_norm`.
+
+    Returns the norm after scaling and before shrinking, a tensor (). `scale` is 1/count where gradients are of sums. A
+    norm that is not finite leaves gradients that are not finite behind: see `first_bad`.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale
+    factor: Tensor | float = scale
+    if max_norm:
+        factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if not isinstance(factor, float) or factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+def first_bad(model: nn.Module) -> str | None:
+    """The name of the first parameter whose gradient, or else whose value, is not finite; None where all are."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return name
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return name
+    return None
+
+
+# ---- moving average of the weights ---------------------------------------------------------------------------------
+
+
+class EMA:
+    """An exponential moving average of the parameters, corrected for its start as Adam's averages are.
+
+    After t updates the average is Σᵢ (1−d) dᵗ⁻ⁱ wᵢ / (1 − dᵗ): the first weights count fully and nothing of the random
+    start remains (Kingma & Ba 2015, section 3, applied to weights).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self._live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._mean = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the model's present weights in."""
+        self.updates += 1
+        weight = (1 - self.decay) / (1 - self.decay**self.updates)
+        torch._foreach_lerp_(list(self._mean.values()), list(self._live.values()), weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by parameter name, to be saved beside `updates`."""
+        return self._mean
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Takes up saved averages. KeyError where names differ."""
+        if tensors.keys() != self._mean.keys():
+            raise KeyError(f"averages differ in names: {sorted(tensors.keys() ^ self._mean.keys())[:5]}")
+        for name, mean in self._mean.items():
+            mean.copy_(tensors[name])
+        self.updates = updates
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the model holds the averages; after it, its own weights again, bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._live.items():
+            own = parameter.clone()
+            parameter.copy_(self._mean[name])
+            self._mean[name].copy_(own)
