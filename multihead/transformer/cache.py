@@ -1,6 +1,7 @@
 """Keys and values of the tokens already read, so that the next token costs one step and not a whole pass.
 
-Legend: B rows, H heads, K key/value heads, T new positions, S cached positions, E head width.
+Legend: L layers, B rows, R rows that there is room for, H heads, K key/value heads, T new positions, S cached
+positions, E head width, N ids that n-grams reach back to.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Step:
     """True where a query may look; None where no mask is needed (or plain causal order within an empty cache)."""
     causal: bool
     """True where the new tokens only see each other, in order: the prefill of an empty cache."""
+    kv_L2BKSE: Tensor
+    """Keys and values of all layers, the room for the new ones included."""
 
 
 @dataclass
@@ -33,65 +36,65 @@ class Cache:
     """State of emitting models: one row a sequence; rows may have different lengths.
 
     The trunk writes keys and values; only the caller moves `lengths` on, by ``advance``. Prompts are padded on the
-    right: what lies behind a row's length is never looked at and is overwritten by its next tokens.
+    right: what lies behind a row's length is never looked at and is overwritten by its next tokens. All layers' keys
+    and values are one tensor with room to spare in rows and positions, so that a row joins or leaves by one copy of
+    that row.
     """
 
     num_layers: int
     lengths: list[int]
-    k: list[Tensor | None] = field(default_factory=list)
-    v: list[Tensor | None] = field(default_factory=list)
+    kv_L2RKSE: Tensor | None = None
     cross: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
-    """Keys and values of the encoder's memory, per layer (encoder–decoder models)."""
+    """Keys and values of the encoder's memory, per layer, each (B, K, S, E) (encoder–decoder models)."""
     memory_mask_BS: Tensor | None = None
     recent_BN: Tensor | None = None
     """The last ids of each row, for n-gram embeddings."""
 
     def __post_init__(self) -> None:
-        self.k = self.k or [None] * self.num_layers
-        self.v = self.v or [None] * self.num_layers
         self.cross = self.cross or [None] * self.num_layers
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
-    def plan(self, T: int, device: torch.device) -> Step:
-        """Places for `T` new tokens a row, behind what each row holds."""
+    def plan(self, T: int, like: Tensor, kv_heads: int, head_size: int) -> Step:
+        """Places for `T` new tokens a row, behind what each row holds; keys and values of `like`'s dtype and device."""
         shortest, longest = min(self.lengths), max(self.lengths)
-        steps_T = torch.arange(T, device=device)
+        end, device = longest + T, like.device
+        kv_L2BKSE = self._room(end, like, kv_heads, head_size)[:, :, : self.rows, :, :end]
+        steps_T = torch.arange(longest, end, device=device)
         if shortest == longest:
-            positions_BT = (steps_T + longest).expand(self.rows, T)
             mask = None
             if longest and T > 1:
-                mask = torch.arange(longest + T, device=device) <= positions_BT[:1, :, None]
-            return Step(positions_BT, longest, longest + T, mask, causal=longest == 0 and T > 1)
-        positions_BT = torch.tensor(self.lengths, device=device)[:, None] + steps_T
-        mask = torch.arange(longest + T, device=device) <= positions_BT[:, :, None]
-        return Step(positions_BT, None, longest + T, mask, causal=False)
+                mask = (torch.arange(end, device=device) <= steps_T[:, None])[None]
+            return Step(steps_T[None], longest, end, mask, longest == 0 and T > 1, kv_L2BKSE)
+        positions_BT = torch.tensor(self.lengths, device=device)[:, None] + (steps_T - longest)
+        mask = torch.arange(end, device=device) <= positions_BT[:, :, None]
+        return Step(positions_BT, None, end, mask, False, kv_L2BKSE)
 
     def write(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of `layer`; returns all that may be looked at, each (B, K, S, E)."""
-        k, v = self._room(layer, k_BKTE, step.end)
+        k_BKSE, v_BKSE = step.kv_L2BKSE[layer, 0], step.kv_L2BKSE[layer, 1]
         if step.start is not None:
-            k[:, :, step.start : step.end] = k_BKTE
-            v[:, :, step.start : step.end] = v_BKTE
+            k_BKSE[:, :, step.start :] = k_BKTE
+            v_BKSE[:, :, step.start :] = v_BKTE
         else:
-            rows_B1 = torch.arange(self.rows, device=k.device)[:, None]
-            k[rows_B1, :, step.positions_BT] = k_BKTE.transpose(1, 2)
-            v[rows_B1, :, step.positions_BT] = v_BKTE.transpose(1, 2)
-        return k[:, :, : step.end], v[:, :, : step.end]
+            rows_B1 = torch.arange(self.rows, device=k_BKSE.device)[:, None]
+            k_BKSE[rows_B1, :, step.positions_BT] = k_BKTE.transpose(1, 2).to(k_BKSE.dtype)
+            v_BKSE[rows_B1, :, step.positions_BT] = v_BKTE.transpose(1, 2).to(v_BKSE.dtype)
+        return k_BKSE, v_BKSE
 
-    def _room(self, layer: int, like_BKTE: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        k, v = self.k[layer], self.v[layer]
-        if k is None or v is None or k.shape[2] < end:
-            B, K, _, E = like_BKTE.shape
+    def _room(self, end: int, like: Tensor, kv_heads: int, head_size: int) -> Tensor:
+        """The tensor of keys and values, grown where `rows` or `end` outgrow it (doubling, so a token costs O(1))."""
+        kv = self.kv_L2RKSE
+        if kv is None:
             capacity = max(64, 1 << (end - 1).bit_length())
             # Zeros, not empty memory: a masked position still enters the product, and 0 · NaN is NaN.
-            new_k, new_v = like_BKTE.new_zeros(B, K, capacity, E), like_BKTE.new_zeros(B, K, capacity, E)
-            if k is not None and v is not None:
-                new_k[:, :, : k.shape[2]], new_v[:, :, : v.shape[2]] = k, v
-            self.k[layer], self.v[layer] = k, v = new_k, new_v
-        return k, v
+            kv = like.new_zeros(self.num_layers, 2, self.rows, kv_heads, capacity, head_size)
+        elif kv.shape[4] < end:
+            kv = _grown(kv, kv.shape[2], 1 << (end - 1).bit_length())
+        self.kv_L2RKSE = kv
+        return kv
 
     def advance(self, by: int | Sequence[int]) -> None:
         """Move every row's length on by `by` tokens (one number, or one a row)."""
@@ -99,20 +102,83 @@ class Cache:
         self.lengths = [a + b for a, b in zip(self.lengths, more, strict=True)]
 
     def select(self, index: Sequence[int] | Tensor) -> Cache:
-        """The rows at `index`, in that order, repeats allowed (beams, several samples, finished rows dropped)."""
+        """The rows at `index`, in that order, repeats allowed (beams, several samples): a new cache."""
         chosen = index.tolist() if isinstance(index, Tensor) else list(index)
-        device = next((t.device for t in self.k if t is not None), torch.device("cpu"))
-        at = torch.tensor(chosen, dtype=torch.long, device=device)
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.index_select(0, at)
-
+        kv = self.kv_L2RKSE
+        at = torch.tensor(chosen, dtype=torch.long, device=kv.device if kv is not None else None)
         return Cache(
             self.num_layers,
             [self.lengths[i] for i in chosen],
-            [rows(t) for t in self.k],
-            [rows(t) for t in self.v],
-            [None if pair is None else (pair[0].index_select(0, at), pair[1].index_select(0, at)) for pair in self.cross],
-            rows(self.memory_mask_BS),
-            rows(self.recent_BN),
+            None if kv is None else kv.index_select(2, at),
+            [None if pair is None else (pair[0][at], pair[1][at]) for pair in self.cross],
+            None if self.memory_mask_BS is None else self.memory_mask_BS[at],
+            None if self.recent_BN is None else self.recent_BN[at],
         )
+
+    def drop(self, row: int) -> None:
+        """Take out one row: the last row moves into its place. Copies the past of that one row only."""
+        last = self.rows - 1
+        if row < last:
+            self.lengths[row] = self.lengths[last]
+            if self.kv_L2RKSE is not None:
+                past = self.lengths[last]
+                self.kv_L2RKSE[:, :, row, :, :past] = self.kv_L2RKSE[:, :, last, :, :past]
+        self.lengths.pop()
+
+        def without(tensor: Tensor | None) -> Tensor | None:
+            if tensor is not None and row < last:
+                tensor[row] = tensor[last]
+            return None if tensor is None else tensor[:last]
+
+        self.cross = [None if pair is None else (without(pair[0]), without(pair[1])) for pair in self.cross]  # type: ignore[misc]
+        self.memory_mask_BS, self.recent_BN = without(self.memory_mask_BS), without(self.recent_BN)
+
+    def join(self, other: Cache) -> None:
+        """Append the rows of `other`, a cache of the same model (begun by a ``start`` of its own).
+
+        Room for rows doubles when it runs out, so that a joining row costs a copy of its own past. Memories of other
+        lengths are padded to the longest and masked.
+        """
+        mine, theirs, rows, total = self.kv_L2RKSE, other.kv_L2RKSE, self.rows, self.rows + other.rows
+        if theirs is not None:
+            mine = theirs[:, :, :0] if mine is None else mine
+            room = mine.shape[2] if mine.shape[2] >= total else max(total, 2 * mine.shape[2])
+            if room > mine.shape[2] or mine.shape[4] < theirs.shape[4]:
+                mine = _grown(mine, room, max(mine.shape[4], theirs.shape[4]))
+            past = max(other.lengths)
+            mine[:, :, rows:total, :, :past] = theirs[:, :, : other.rows, :, :past]
+            self.kv_L2RKSE = mine
+        self.memory_mask_BS = _joined(self._memory_mask(other), other._memory_mask(self), 1)
+        self.cross = [
+            b if a is None else a if b is None else (_joined(a[0], b[0], 2), _joined(a[1], b[1], 2))  # type: ignore[misc]
+            for a, b in zip(self.cross, other.cross, strict=True)
+        ]
+        self.recent_BN = _joined(self.recent_BN, other.recent_BN, 1)
+        self.lengths = self.lengths + other.lengths
+
+    def _memory_mask(self, other: Cache) -> Tensor | None:
+        """The mask of this cache's memory, written out where joining `other` makes one necessary."""
+        mine, theirs = self.cross[0], other.cross[0]
+        if self.memory_mask_BS is not None or mine is None or theirs is None:
+            return self.memory_mask_BS
+        if other.memory_mask_BS is None and mine[0].shape[2] == theirs[0].shape[2]:
+            return None
+        return torch.ones(self.rows, mine[0].shape[2], dtype=torch.bool, device=mine[0].device)
+
+
+def _joined(a: Tensor | None, b: Tensor | None, axis: int) -> Tensor | None:
+    """Rows of `a`, then of `b`; the shorter of the two padded with zeros along `axis`."""
+    if a is None or b is None:
+        return b if a is None else a
+    grown = a.new_zeros(a.shape[0] + b.shape[0], *[max(m, n) for m, n in zip(a.shape[1:], b.shape[1:], strict=True)])
+    grown[: a.shape[0]].narrow(axis, 0, a.shape[axis]).copy_(a)
+    grown[a.shape[0] :].narrow(axis, 0, b.shape[axis]).copy_(b)
+    return grown
+
+
+def _grown(kv: Tensor, rows: int, positions: int) -> Tensor:
+    """The same keys and values with room for more rows and positions."""
+    L, two, R, K, S, E = kv.shape
+    grown = kv.new_zeros(L, two, rows, K, positions, E)
+    grown[:, :, :R, :, :S] = kv
+    return grown

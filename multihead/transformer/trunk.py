@@ -229,7 +229,7 @@ class Trunk(nn.Module):
             cache: keys and values of earlier positions. Written, never advanced: the caller does that.
         """
         B, T, _ = x_BTD.shape
-        step = cache.plan(T, x_BTD.device) if cache is not None else None
+        step = cache.plan(T, x_BTD, self.config.kv_heads, self.config.head_size) if cache is not None else None
         if step is not None:
             positions = step.positions_BT if positions is None else positions
             mask_BHTS = None if step.mask_BTS is None else step.mask_BTS[:, None]
