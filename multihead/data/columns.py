@@ -42,6 +42,8 @@ class Column:
     kind: ColumnKind = "text"
     required: bool = True
     names: tuple[str, ...] = ()
+    identity: bool = False
+    """Whether two rows with equal values here are copies of each other."""
 
 
 @dataclass
