@@ -271,7 +271,7 @@ class Engine:
         if logits_BV is not None:
             chosen = self._choose(logits_BV)
             logits_BV = None
-            if chosen:
+            if chosen and self._state is not None:
                 if self.on_step is not None:
                     self.on_step(len(chosen))
                 logits_BV = self.model.step(torch.tensor(chosen, device=self._device), self._state)
@@ -285,9 +285,9 @@ class Engine:
         chosen = self._sample(logits_BV)
         for i in reversed(range(len(chosen))):
             if self._push(self._going[i], chosen[i], logits_BV[i]):
-                for rows in (self._going, chosen):
-                    rows[i] = rows[-1]  # type: ignore[index]
-                    rows.pop()
+                self._going[i], chosen[i] = self._going[-1], chosen[-1]
+                self._going.pop()
+                chosen.pop()
                 assert self._state is not None
                 self._state.drop(i)
         return chosen
