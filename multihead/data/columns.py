@@ -73,17 +73,17 @@ def match_columns(columns: Sequence[Column], given: Mapping[str, str] | None, he
     """
     found = Matched()
     _take_given(columns, given or {}, header, where, named, found)
-    plain = {}
+    plain: dict[str, str] = {}
     for name in header:
         plain.setdefault(plain_name(name), name)
     if named:
         for column in columns:
             if column.name in found.theirs:
                 continue
-            free = (plain[n] for n in synonyms(column) if n in plain and plain[n] not in found.theirs.values())
-            name = next(free, None)
-            if name is not None:
-                found.theirs[column.name], found.how[column.name] = name, "name"
+            free = [plain[n] for n in synonyms(column) if n in plain and plain[n] not in found.theirs.values()]
+            usable = [n for n in free if _usable(column, [row.get(n) for row in sample])]
+            if usable:
+                found.theirs[column.name], found.how[column.name] = usable[0], "name"
     missing = [c for c in columns if c.required and c.name not in found.theirs]
     _guess_by_content(missing, header, sample, found)
     problems = [_missing(c, header, where, named) for c in columns if c.required and c.name not in found.theirs]
@@ -107,6 +107,8 @@ def _take_given(columns: Sequence[Column], given: Mapping[str, str], header: Seq
         elif theirs in header or plain_name(theirs) in plain:
             found.theirs[name] = theirs if theirs in header else plain[plain_name(theirs)]
             found.how[name] = "given"
+        elif theirs.isdecimal() and 1 <= int(theirs) <= len(header):
+            found.theirs[name], found.how[name] = header[int(theirs) - 1], "given"
         else:
             hint = nearest(theirs, header)
             problems.append(Problem(tr(
@@ -163,10 +165,19 @@ def blank(value: Any) -> bool:
     return isinstance(value, (list, dict)) and not value
 
 
+def _usable(column: Column, values: Sequence[Any]) -> bool:
+    """Whether a column called right can be what is wanted: not where every value in it is of another kind."""
+    present = [v for v in values if not blank(v)]
+    return not present or any(not convert(column, v)[1] for v in present)
+
+
 def _mean_text(values: Sequence[Any]) -> float:
-    """Mean length of values that are text; 0 for numbers and other things."""
+    """Mean length of values that are text; 0 for numbers, ids and other things."""
     texts = ["\n".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for v in values]
     if not texts or not all(isinstance(t, str) for t in texts) or all(_NUMBER.match(t.strip()) for t in texts):
+        return 0.0
+    # Codes and ids are long too, but are single words of ASCII.
+    if sum(1 for t in texts if not t.isascii() or len(t.split()) > 1) < 0.3 * len(texts):
         return 0.0
     return sum(map(len, texts)) / len(texts)
 

@@ -1,8 +1,8 @@
 """The prepared examples on disk: ragged arrays end to end, read through memory maps.
 
 A store is a folder. Each key has ``KEY.bin`` (all rows' arrays joined on the first axis, little-endian) and, where the
-arrays have a first axis, ``KEY.offsets.bin`` (rows + 1 int64: row i is ``[offsets[i], offsets[i + 1])``). Raw rows, when
-kept, are lines of JSON in ``rows.jsonl`` with byte offsets beside them. ``index.json`` holds dtypes, shapes and sizes.
+arrays have a first axis, ``KEY.offsets.bin`` (rows + 1 int64: row i is ``[offsets[i], offsets[i + 1])``). Raw rows,
+when kept, are lines of JSON in ``rows.jsonl``, with byte offsets beside them; ``index.json`` holds dtypes and sizes.
 Nothing in it depends on time or place: the same examples give the same bytes.
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,10 @@ _BUFFER = 1 << 20
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
+def _buffered(path: Path) -> BinaryIO:
+    return open(path, "wb", buffering=_BUFFER)
+
+
 class _KeyWriter:
     """One key's two files, written as the rows come."""
 
@@ -42,18 +46,18 @@ class _KeyWriter:
         self.ragged = first.ndim > 0
         self.trailing = tuple(first.shape[1:])
         self.total = 0
-        self.values: BinaryIO = open(folder / f"{key}.bin", "wb", buffering=_BUFFER)
+        self.values: BinaryIO = _buffered(folder / f"{key}.bin")
         self.offsets: BinaryIO | None = None
         if self.ragged:
-            self.offsets = open(folder / f"{key}.offsets.bin", "wb", buffering=_BUFFER)
+            self.offsets = _buffered(folder / f"{key}.offsets.bin")
             self.offsets.write((0).to_bytes(8, "little"))
 
     def add(self, array: np.ndarray, row: int) -> None:
         if array.dtype.newbyteorder("<") != self.dtype or (array.ndim > 0) != self.ragged \
                 or tuple(array.shape[1:]) != self.trailing:
             raise ValueError(
-                f"key {self.key!r}, example {row}: dtype {array.dtype} and shape {array.shape} do not go with the first "
-                f"example's dtype {self.dtype} and trailing shape {self.trailing}; only the first axis may vary"
+                f"key {self.key!r}, example {row}: dtype {array.dtype} and shape {array.shape} do not go with the "
+                f"first example's dtype {self.dtype} and trailing shape {self.trailing}; only the first axis may vary"
             )
         self.values.write(np.ascontiguousarray(array, dtype=self.dtype).tobytes())
         self.total += len(array) if self.ragged else 1
@@ -97,8 +101,8 @@ class StoreWriter:
         if self._count == 0:
             self._keys = {key: _KeyWriter(self._work, key, arrays[key]) for key in sorted(arrays)}
             if row is not None:
-                self._raw = open(self._work / ROWS, "wb", buffering=_BUFFER)
-                self._raw_offsets = open(self._work / ROW_OFFSETS, "wb", buffering=_BUFFER)
+                self._raw = _buffered(self._work / ROWS)
+                self._raw_offsets = _buffered(self._work / ROW_OFFSETS)
                 self._raw_offsets.write((0).to_bytes(8, "little"))
         if arrays.keys() != self._keys.keys():
             raise ValueError(f"example {self._count} has keys {sorted(arrays)}, the first had {sorted(self._keys)}")
@@ -136,10 +140,10 @@ class StoreWriter:
             "keys": {key: writer.describe() for key, writer in sorted(self._keys.items())},
             "raw_bytes": self._raw_total if self._raw is not None else None,
         }
-        with open(self._work / INDEX, "w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=1, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self._work / INDEX, "wb") as held:
+            held.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+            held.flush()
+            os.fsync(held.fileno())
         _sync_folder(self._work)
         self._open = False
         _replace_folder(self._work, self.folder)
@@ -192,7 +196,7 @@ def _replace_folder(new: Path, place: Path) -> None:
         shutil.rmtree(old)
 
 
-class Store:
+class Store(Sequence[dict[str, np.ndarray]]):
     """A prepared store, opened for reading. Arrays are read-only views of memory-mapped files.
 
     Raises UserError where the folder is not a whole store: files missing, or sizes other than the index says.
@@ -275,7 +279,7 @@ class Store:
             raise IndexError(f"row {i} of a store of {self._rows} rows")
         return index % self._rows
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # type: ignore[override]  # slices are not served
         """Example i: key → read-only array; scalars have shape ()."""
         i = self._index(i)
         example = {}
@@ -305,14 +309,15 @@ class Store:
             held = json.loads(self._raw[self._raw_offsets[i]:self._raw_offsets[i + 1]].tobytes())
             return Row(held["row"], where=held["where"])
         except (ValueError, KeyError, TypeError) as error:
-            raise self._broken(tr(f"raw row {i} cannot be read ({error})", f"第 {i} 行原文无法读取（{error}）")) from None
+            raise self._broken(tr(f"raw row {i} cannot be read ({error})",
+                                  f"第 {i} 行原文无法读取（{error}）")) from None
 
     def rows(self) -> Iterator[Row]:
         """All raw rows in order."""
         return (self.row(i) for i in range(len(self)))
 
 
-class Windows:
+class Windows(Sequence[dict[str, np.ndarray]]):
     """Fixed windows over one key's stream: window k holds positions [offset + k·stride, … + length), cut at the ends.
 
     Every position is in a window and neighbours share ``length - stride`` positions. `offset` shifts the phase: with
@@ -334,7 +339,7 @@ class Windows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # type: ignore[override]  # slices are not served
         if not -self._count <= i < self._count:
             raise IndexError(f"window {i} of {self._count}")
         start = self._first + (int(i) % self._count) * self.stride
