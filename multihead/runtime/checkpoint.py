@@ -92,7 +92,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """xxh3-128 over names, types, shapes and contents: equal exactly where two sets of weights are bit-equal."""
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
-        digest.update(f"{name} {_DTYPES[tensors[name].dtype]} {list(tensors[name].shape)}\n".encode())
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
@@ -200,6 +200,8 @@ def flatten(state: object) -> tuple[Tensors, object]:
 
     def visit(value: object, place: str) -> object:
         if isinstance(value, Tensor):
+            while place in tensors:  # the keys 1 and "1" make one place
+                place += "'"
             tensors[place] = value
             return {"tensor": place}
         if isinstance(value, dict):
