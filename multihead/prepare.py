@@ -6,27 +6,32 @@ the codecs on the training part; once to encode. Nothing is written before the f
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+import yaml
 
+from multihead import recipe as recipes
 from multihead.data.rows import Row, Rows, open_rows
 from multihead.data.store import Store, StoreWriter
 from multihead.errors import Problem, UserError, tr
 from multihead.recipe import Data, Recipe
-from multihead.run import RunFolder, file_hash
-from multihead.task import Task
+from multihead.run import RECIPE, RunFolder, file_hash
+from multihead.task import Task, find
 
 PARTS = ("train", "valid", "test")
 DROPPED = 255
+MAY_CHANGE = ("serve.", "evaluate.", "train.log_every", "train.save_every", "train.keep", "train.device", "train.tensorboard")
+"""Keys that a resumed run may change: they touch neither the data nor the weights."""
 Tick = Callable[[int], None]
 
 
@@ -61,6 +66,51 @@ class PartRows:
         return self.dealt.of(self.part)
 
 
+def run_step(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    run: str | Path | None = None,
+    restart: bool = False,
+    tick: Tick | None = None,
+) -> tuple[RunFolder, dict[str, Any]]:
+    """The first step on its own: the run folder with data and codecs, and the data report.
+
+    Args and errors: as `multihead.train.train`.
+    """
+    with begin(path, overrides, run, restart, tick) as (folder, _, _, report):
+        return folder, report
+
+
+@contextlib.contextmanager
+def begin(
+    path: str | Path, overrides: Sequence[str], run: str | Path | None, restart: bool, tick: Tick | None = None
+) -> Iterator[tuple[RunFolder, Recipe, Task, dict[str, Any]]]:
+    """A run folder, locked and prepared, with its recipe, its task and the data report; new, or as it was left.
+
+    A folder made for a run that never got as far as its data is removed again.
+    """
+    recipe = recipes.load(path, overrides, find=find)
+    task = make_task(recipe, Path(path).parent)
+    folder = claim(recipe, Path(run) if run else Path("runs") / recipe.name, restart)
+    try:
+        with folder.lock():
+            report = prepared(folder, recipe)
+            if report is None:
+                report = prepare(recipe, task, folder, tick)
+            else:
+                task.load(folder.file("codec"))
+                folder.write_atomic(RECIPE, recipe.dump())
+            yield folder, recipe, task, report
+    finally:
+        if not folder.file("data/report.json").exists():
+            folder.discard()
+
+
+def make_task(recipe: Recipe, base: Path) -> Task:
+    """The recipe's task, without codecs yet. `base`: the folder a task file's path is relative to."""
+    return find(recipe.task, base)(recipe.options, seed=recipe.seed)
+
+
 def prepare(recipe: Recipe, task: Task, folder: RunFolder, tick: Tick | None = None) -> dict[str, Any]:
     """Read the recipe's data, deal it into parts, fit the task's codecs and write ``data/`` and ``codec/``.
 
@@ -76,8 +126,12 @@ def prepare(recipe: Recipe, task: Task, folder: RunFolder, tick: Tick | None = N
     dealt = _deal(recipe, task, sources, tick)
     _refuse_empty(dealt["train"], recipe)
     task.fit(PartRows(dealt["train"], "train"))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"guess": {part: source.guess for part, source in sources.items()}, "parts": {}}
+    folder.write_atomic(RECIPE, recipe.dump())  # first: it is what makes the folder a run that can be taken up again
+    report: dict[str, Any] = {
+        "guess": {part: source.guess for part, source in sources.items()},
+        "reading": {part: source.describe() for part, source in sources.items()},
+        "parts": {},
+    }
     faults: list[Problem] = []
     for part in PARTS:
         source = dealt.get(part) or dealt["train"]
@@ -175,6 +229,49 @@ def _changed(path: Path, then: dict[str, Any]) -> bool:
     if stat.st_size != then["bytes"]:
         return True
     return stat.st_mtime_ns != then["mtime"] and file_hash(path) != then["hash"]
+
+
+# -- the run folder -----------------------------------------------------------------------------------------------------
+
+
+def claim(recipe: Recipe, path: Path, restart: bool = False) -> RunFolder:
+    """The run folder for `recipe`: a new one, or the one that an earlier run of the same recipe left.
+
+    Args:
+        restart: remove what an earlier run left and begin anew.
+
+    Raises:
+        UserError: where the folder belongs to another recipe; it lists what differs.
+    """
+    folder = RunFolder.create(path)
+    if not folder.exists():
+        return folder
+    if restart:
+        with folder.lock():
+            folder.empty()
+        return folder
+    then = yaml.safe_load(folder.file(RECIPE).read_text("utf-8"))
+    changed = [d for d in differences(then, recipe.plain()) if not d.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            tr("this run folder belongs to a recipe that differs: " + "; ".join(changed[:12]) +
+               ". Choose another folder with --run, or add --restart to remove this run and begin anew",
+               "这个训练文件夹属于另一份配方，不同之处：" + "；".join(changed[:12]) +
+               "。请用 --run 另选文件夹，或加 --restart 删除旧的训练并重新开始"), str(path))
+    return folder
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
+    """Keys whose values differ between two resolved recipes: ``train.lr: 0.001 → 0.002``."""
+    found = []
+    for key in {**then, **now}:
+        a, b, name = then.get(key), now.get(key), f"{at}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {yaml.safe_dump(a, allow_unicode=True, default_flow_style=True).splitlines()[0]} → "
+                         f"{yaml.safe_dump(b, allow_unicode=True, default_flow_style=True).splitlines()[0]}")
+    return found
 
 
 # -- reading and dealing ------------------------------------------------------------------------------------------------

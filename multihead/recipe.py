@@ -17,13 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from multihead.errors import Problem, UserError, nearest, tr
+from multihead.serve.settings import ServeSettings
 from multihead.transformer.config import TransformerConfig
 
 Path_ = tuple[str, ...]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class Split(Section):
@@ -58,41 +59,58 @@ class Data(Section):
 
 class EarlyStop(Section):
     metric: str | None = None
-    """A validation metric; none: the task's own."""
+    """A validation metric; none: the task's own.
+    验证指标；不写则用任务自己的。"""
     patience: int = Field(5, ge=1)
-    """Evaluations without a better value before training ends."""
+    """Evaluations without a better value before training ends.
+    连续多少次评估没有改善就停止。"""
 
 
 class Train(Section):
     steps: int = Field(2000, ge=1)
+    """Steps of the optimizer in the whole run.
+    整个训练的步数。"""
     minutes: float | None = Field(None, gt=0)
-    """Time for training: sets `steps` at the start, from the measured speed (then at most the `steps` given)."""
+    """Time for training: sets `steps` at the start, from the measured speed (then at most the `steps` given).
+    训练用时（分钟）：开始时按测得的速度定步数，不超过 steps。"""
     batch_size: int = Field(32, ge=1)
-    """Rows a step, over all micro-batches and devices."""
+    """Rows a step, over all micro-batches and devices.
+    每一步的行数，包括所有小批次与设备。"""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows at once; fewer than `batch_size` accumulates gradients, exactly."""
+    """Rows at once; fewer than `batch_size` accumulates gradients, exactly.
+    一次计算的行数；小于 batch_size 时累积梯度，结果完全一致。"""
     optimizer: Literal["muon", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
+    """Learning rate.
+    学习率。"""
     muon_lr: float = Field(0.02, gt=0)
-    """Learning rate of the 2-D weights that Muon trains."""
+    """Learning rate of the 2-D weights that Muon trains.
+    由 Muon 训练的二维权重的学习率。"""
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int | float = Field(0.05, ge=0)
-    """Steps of linear warm-up, or (below 1) a share of all steps."""
+    """Steps of linear warm-up, or (below 1) a share of all steps.
+    线性预热的步数；小于 1 时为总步数的比例。"""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr: float = Field(0.05, ge=0, le=1)
-    """Share of the learning rate that is left at the end."""
+    """Share of the learning rate that is left at the end.
+    结束时剩余的学习率比例。"""
     clip: float | None = Field(1.0, gt=0)
-    """Largest norm of the whole gradient; null: no clipping."""
+    """Largest norm of the whole gradient; null: no clipping.
+    整个梯度的最大范数；null 表示不裁剪。"""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of the moving average of weights that is evaluated and kept; null: none."""
+    """Decay of the moving average of weights that is evaluated and kept; null: none.
+    权重滑动平均的衰减，用于评估与保存；null 表示不用。"""
     eval_every: int | None = Field(None, ge=1)
-    """Steps between evaluations; null: ten in a run."""
+    """Steps between evaluations; null: ten in a run.
+    两次评估之间的步数；null 表示全程十次。"""
     save_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null: as often as evaluations."""
+    """Steps between checkpoints; null: as often as evaluations.
+    两次保存之间的步数；null 表示与评估相同。"""
     log_every: int = Field(10, ge=1)
     keep: int = Field(2, ge=1)
-    """Checkpoints kept."""
+    """Checkpoints kept.
+    保留的检查点个数。"""
     early_stop: EarlyStop | None = None
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: Literal["auto"] | int = "auto"
@@ -112,30 +130,6 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=0)
     """Resamples behind each interval; 0: no intervals."""
     confidence: float = Field(0.95, gt=0, lt=1)
-
-
-class ServeSettings(Section):
-    """How a trained model is offered to others."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_keys: list[str] = []
-    """Keys a caller must show; also from the environment's MULTIHEAD_API_KEYS (comma-separated). None: open."""
-    max_body_bytes: int = Field(1 << 20, ge=1)
-    max_prompt_tokens: int = Field(4096, ge=1)
-    max_tokens: int = Field(1024, ge=1)
-    max_rows: int = Field(256, ge=1)
-    """Inputs in one request to /v1/predict."""
-    max_batch: int = Field(32, ge=1)
-    wait_ms: float = Field(3.0, ge=0)
-    """How long a one-shot request waits for others to share its batch."""
-    slots: int = Field(16, ge=1)
-    """Texts generated side by side."""
-    queue: int = Field(256, ge=1)
-    """Requests that may wait; one more is refused at once."""
-    rate_limit: str | None = None
-    """Requests a caller may make, such as "60/minute"."""
-    drain_seconds: float = Field(20.0, ge=0)
 
 
 class Recipe(Section):

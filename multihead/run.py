@@ -7,6 +7,7 @@ dies, however it dies.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -172,6 +173,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.made: list[Path] = []
+        """Folders that ``create`` had to make, the deepest first."""
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -192,6 +195,7 @@ class RunFolder:
                     f"里面有其他文件（{'、'.join(foreign[:3])}）而没有 {RECIPE}，不会往里写任何东西。"
                     "请用 --run 选择空的或新的文件夹。"), where=str(path))
         with writing(folder.path, tr("the run folder", "训练文件夹")):
+            folder.made = [p for p in (folder.path, *folder.path.parents) if not p.exists()]
             folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -271,6 +275,25 @@ class RunFolder:
             yield
         finally:
             os.close(handle)  # the file stays: removing it would let two processes lock two files of one name
+
+    def discard(self) -> None:
+        """Removes a run folder that this process made for a run that never began, and the parents made for it."""
+        for path in self.made:
+            if path == self.path:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+    def empty(self) -> None:
+        """Removes everything of the run. Call it under the lock, whose file stays."""
+        for path in sorted(self.path.iterdir(), key=lambda p: p.name != RECIPE):  # the recipe first: no recipe, no run
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def clean(self) -> list[str]:
         """Removes temporary files and folders of processes that are gone; gives their names. Call it under the lock."""

@@ -45,7 +45,7 @@ class Loss:
 class Options(BaseModel):
     """A task's own knobs: the recipe's ``options:`` section. Subclass it inside the task file."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class Task:
@@ -62,6 +62,8 @@ class Task:
     """Values this task prefers in the sections ``data``, ``model``, ``train``; the recipe overrides them."""
     metric: ClassVar[tuple[str, str]] = ("loss", "min")
     """The figure that picks the best weights and stops early, and whether less ("min") or more ("max") is better."""
+    unit: ClassVar[str] = "rows"
+    """What ``Loss.count`` counts: rows, tokens …"""
     emits: ClassVar[bool] = False
     """True where the model has ``start`` and ``step`` and is served token by token."""
 

@@ -75,6 +75,7 @@ class TextGeneration(Task):
     title = ("go on with a text: a language model of your own files", "续写文本：用自己的文件训练语言模型")
     columns = (Column("text", "text", names=("text", "content", "正文", "文本", "内容", "paragraphs"), identity=True),)
     metric = ("loss", "min")
+    unit = "tokens"
     emits = True
     defaults = {
         "data": {"split": {"valid": 0.1, "test": 0.0, "by": "order"}, "deduplicate": False},

@@ -1,0 +1,106 @@
+"""``multihead init``: look at a person's data and write the recipe that fits it, with a comment on every knob."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from multihead import recipe as recipes
+from multihead import task as tasks
+from multihead.data.rows import open_rows
+from multihead.errors import UserError, language, tr
+from multihead.run import write_atomic
+from multihead.transformer.config import TransformerConfig
+
+TRAIN = ("steps", "minutes", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "ema", "early_stop")
+MODEL = {
+    "d_model": ("width of the vectors", "向量宽度"),
+    "num_layers": ("blocks", "层数"),
+    "num_heads": ("attention heads", "注意力头数"),
+    "dropout": ("share of values set to zero in training, against overfitting", "训练时随机置零的比例，防止过拟合"),
+}
+
+
+def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False) -> list[str]:
+    """Write a commented recipe for `task` on `data` to `out`.
+
+    Returns:
+        What was found in the data, as lines to print.
+
+    Raises:
+        UserError: unknown task, unreadable data, columns that cannot be found, or `out` exists and not `force`.
+    """
+    if out.exists() and not force:
+        raise UserError(tr("exists already; --force overwrites it", "已经存在；加 --force 可覆盖"), str(out))
+    kind = tasks.find(task, out.parent)
+    rows = open_rows(list(data), kind.columns, base=Path())
+    files = [os.path.relpath(Path(item).absolute(), out.parent.absolute()) for item in data]
+    mapping = next(iter(rows.guess["files"]))["mapping"]
+    columns = {ours: theirs for ours, theirs in mapping.items() if theirs}
+    text = _compose(task, kind, files, columns, out)
+    write_atomic(out, text)
+    recipes.load(out, find=tasks.find)  # what is written must be a recipe
+    return rows.describe()
+
+
+def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[str, str], out: Path) -> str:
+    lines = [
+        f"# {tr(*kind.title)}",
+        f"# multihead train {out}",
+        f"task: {_value(task)}",
+        f"name: {_value(out.stem)}",
+        f"seed: 0                  # {tr('same seed, same split, same weights', '相同的种子得到相同的划分和权重')}",
+        "",
+        "data:",
+        f"  train: {_value(files[0] if len(files) == 1 else files)}",
+        f"  # valid: {tr('a file of its own instead of a part of train; likewise test', '单独的验证文件，代替从 train 划分；test 同理')}",
+    ]
+    if columns:
+        lines.append(f"  columns: {_value(columns)}  # {tr('ours: the file’s', '我们的列：文件中的列')}")
+    split = {"valid": 0.1, "test": 0.1, "by": "random"} | kind.defaults.get("data", {}).get("split", {})
+    lines.append(f"  split: {_value(split)}  # by: random | order | group")
+    if kind.Options.model_fields:
+        lines += ["", "options:"]
+        lines += _section(kind.Options, {}, list(kind.Options.model_fields))
+    preferred = kind.defaults.get("model", {})
+    shape = {**{name: getattr(TransformerConfig(), name) for name in MODEL}, **preferred}
+    lines += ["", "model:"]
+    lines += [_line(name, value, tr(*MODEL[name]) if name in MODEL else "") for name, value in shape.items()]
+    lines += ["", "train:"]
+    lines += _section(recipes.Train, kind.defaults.get("train", {}), list(dict.fromkeys((*TRAIN, *kind.defaults.get("train", {})))))
+    return "\n".join(lines) + "\n"
+
+
+def _section(model: type[BaseModel], preferred: dict[str, Any], names: list[str]) -> list[str]:
+    """The keys of a section with their default values and what they mean; keys without a value as comments."""
+    found = []
+    for name in names:
+        info = model.model_fields[name]
+        value = preferred.get(name, info.get_default(call_default_factory=True))
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+        found.append(_line(name, value, _described(info.description or "")))
+    return found
+
+
+def _line(name: str, value: Any, comment: str) -> str:
+    text = f"  {'# ' if value is None else ''}{name}: {'' if value is None else _value(value)}"
+    return f"{text:<26} # {comment}" if comment else text
+
+
+def _described(text: str) -> str:
+    """The sentence for this language: a knob's docstring holds English and, after a line break, Chinese."""
+    parts = [part.strip() for part in text.strip().split("\n") if part.strip()]
+    chinese = [part for part in parts if any("\u4e00" <= c <= "\u9fff" for c in part)]
+    english = [part for part in parts if part not in chinese]
+    return " ".join(chinese if language() == "zh" and chinese else english)
+
+
+def _value(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
