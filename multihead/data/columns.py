@@ -153,7 +153,9 @@ def _guess_by_content(missing: Sequence[Column], header: Sequence[str], sample: 
         if column.kind in ("label", "labels"):
             few = [n for n in free if _few_values(values[n], len(sample))]
             if few:
-                take(column, min(few, key=lambda n: len({str(v) for v in values[n]})))
+                # A column with one value only is the label when nothing else can be: files may be sorted by label.
+                counts = {n: len({str(v) for v in values[n]}) for n in few}
+                take(column, min(few, key=lambda n: (counts[n] == 1, counts[n])))
 
 
 def blank(value: Any) -> bool:
@@ -219,6 +221,8 @@ def convert(column: Column, value: Any) -> tuple[Any, str]:
     if isinstance(value, bool) or not _NUMBER.match(folded):
         return None, _wrong_kind(column, value)
     number = float(folded)
+    if math.isinf(number):
+        return None, _wrong_kind(column, value)
     return int(folded) if re.fullmatch(r"[+-]?\d{1,18}", folded) else number, ""
 
 

@@ -19,7 +19,7 @@ MAX_LINE = 8_000_000  # characters; a longer line or field is not data that one 
 _LIKELY = 0.8
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF16_LE, "utf-16-le"),
          (codecs.BOM_UTF16_BE, "utf-16-be"), (b"\x84\x31\x95\x33", "gb18030"))
-_WIDER = {"gbk": "gb18030", "gb2312": "gb18030", "hz": "hz", "utf-8-sig": "utf-8", "ascii": "utf-8"}
+_WIDER = {"gbk": "gb18030", "gb2312": "gb18030", "utf-8-sig": "utf-8", "ascii": "utf-8"}
 _FREQUENT = frozenset(
     "的一是不了在人有我他这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看"
     "起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间斯知世什"
@@ -110,8 +110,10 @@ def known_encoding(name: str) -> str:
     return _WIDER.get(info.name, info.name)
 
 
-def read_text(chunks: Iterable[bytes], name: str, encoding: str | None = None) -> Iterator[str]:
+def read_text(chunks: Iterable[bytes], name: str, encoding: str | None = None, whole: bool = True) -> Iterator[str]:
     """`chunks` as text, any BOM removed. With no `encoding`, found by content when first needed.
+
+    `whole` is False for the beginning of a file, which may end in half a character.
 
     Raises UserError (`name`:line, byte offset): bytes that are not of the encoding, and NUL characters.
     """
@@ -124,7 +126,7 @@ def read_text(chunks: Iterable[bytes], name: str, encoding: str | None = None) -
             continue
         yield decoder.decode(held)
         held = b""
-    yield decoder.decode(held, final=True)
+    yield decoder.decode(held, final=whole)
 
 
 class _Decoder:

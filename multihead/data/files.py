@@ -94,7 +94,7 @@ def find_sources(paths: Paths, base: Path) -> tuple[list[Source], list[str]]:
 def _expand(item: str, base: Path) -> tuple[list[Source], list[str]]:
     if not item.strip() or "\0" in item:
         raise UserError(tr(f"{item!r} is not the name of a file", f"{item!r} 不是文件名"))
-    path = base / Path(item).expanduser()
+    path = base / os.path.expanduser(item)
     if path.is_dir():
         return _folder(path, item)
     if path.is_file():
@@ -112,7 +112,11 @@ def _glob(path: Path, item: str) -> tuple[list[Source], list[str]]:
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     root = Path(*parts[:first])
-    names = sorted(p for p in root.glob(str(Path(*parts[first:]))) if p.is_file() and not p.name.startswith("."))
+    try:
+        found = [p for p in root.glob(str(Path(*parts[first:]))) if p.is_file()]
+    except ValueError as error:
+        raise UserError(tr(f"this pattern cannot be used: {error}", f"这个通配符无法使用：{error}"), where=item) from None
+    names = sorted(p for p in found if not p.name.startswith("."))
     if not names:
         raise UserError(tr("no file matches this pattern", "没有文件与这个通配符匹配"), where=item)
     shown = Path(*Path(item).parts[: len(Path(item).parts) - (len(parts) - first)])

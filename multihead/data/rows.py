@@ -14,7 +14,10 @@ from typing import Any
 
 from multihead.data.columns import LABEL_NAMES, TEXT_NAMES, Column, Matched, Row, convert, match_columns
 from multihead.data.files import Paths, Source, find_sources
-from multihead.data.formats import Format, Wanted, pieces, records, sniff, whole_text
+from multihead.data.formats import Format, Record, pieces, read_csv, read_jsonl, whole_text
+from multihead.data.json_array import read_json
+from multihead.data.parquet import read_parquet
+from multihead.data.sniff import Wanted, sniff
 from multihead.errors import Problem, UserError, tr
 
 __all__ = ["LABEL_NAMES", "TEXT_NAMES", "Column", "Row", "Rows", "open_rows"]
@@ -55,13 +58,22 @@ def open_rows(paths: Paths, columns: Sequence[Column], mapping: Mapping[str, str
     return Rows(files, wanted, skipped)
 
 
+def _records(source: Source, form: Format, encoding: str | None) -> Iterator[Record]:
+    """The records of a table, streamed. Row faults are records with a `problem`; structural ones raise UserError."""
+    if form.name == "csv":
+        return read_csv(source, form, encoding)
+    if form.name == "parquet":
+        return read_parquet(source)
+    return read_jsonl(source, encoding) if form.name == "jsonl" else read_json(source, encoding)
+
+
 def _look(source: Source, wanted: Wanted) -> _File:
     form = sniff(source, wanted)
     file = _File(source, form)
     if form.name == "txt":
         _look_text(file, wanted)
         return file
-    sample = list(itertools.islice(records(source, form, wanted.encoding), _SAMPLE))
+    sample = list(itertools.islice(_records(source, form, wanted.encoding), _SAMPLE))
     good = [r.values for r in sample if not r.problem]
     if not good:
         if not sample:
@@ -169,7 +181,7 @@ class Rows:
         name = file.source.name
         taken = set(file.matched.theirs.values()) | {c.name for c in self._wanted.columns}
         pairs = [(c, file.matched.theirs[c.name]) for c in self._wanted.columns if c.name in file.matched.theirs]
-        for record in records(file.source, file.form, self._wanted.encoding):
+        for record in _records(file.source, file.form, self._wanted.encoding):
             where = f"{name}:{record.line}"
             if record.problem:
                 self._reject(record.problem, where)
