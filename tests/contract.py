@@ -1,0 +1,204 @@
+"""What every task must keep, written once. `test_contract.py` walks ``tasks/`` with it; a task of your own can use it too:
+
+    from tests.contract import Contract
+    class TestMine(Contract):
+        name = "/home/me/mine.py"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from multihead import build, evaluate, prepare, task
+from multihead import recipe as recipes
+from multihead.run import RunFolder
+from multihead.runtime import checkpoint, device
+from multihead.train import Trainer, train
+
+TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny"
+WORDS = ["房间", "很干净", "不错", "太差", "服务", "早餐", "good", "bad", "the room", "quiet", "noisy", "🍜", "价格", "位置"]
+
+
+def value(kind: str, rng: np.random.Generator, i: int) -> Any:
+    """A value for a column of `kind`: text, label, labels, id or number."""
+    if kind == "text":
+        return "".join(rng.choice(WORDS, size=int(rng.integers(20, 60)))) + str(i)
+    if kind == "label":
+        return ["好", "bad", "无所谓"][i % 3]
+    if kind == "labels":
+        return sorted({["a", "b", "c"][i % 3], ["a", "b", "c"][(i // 3) % 3]})
+    return str(i) if kind == "id" else float(rng.normal())
+
+
+def sample_rows(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with a value in every column the task declares."""
+    rng = np.random.default_rng(seed)
+    return [{column.name: value(column.kind, rng, i) for column in kind.columns} for i in range(count)]
+
+
+class Contract:
+    """Subclass it, set `name`, and pytest runs every promise of the design against that task."""
+
+    name: str
+
+    @pytest.fixture
+    def recipe_path(self, tmp_path: Path) -> Path:
+        """A tiny recipe of the task on rows made up from its columns: the shipped one's sizes where there is one."""
+        rows = sample_rows(task.find(self.name), 60)
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        shipped = TINY / f"{self.name}.yaml"
+        values = yaml.safe_load(shipped.read_text("utf-8")) if shipped.is_file() else {}
+        values |= {"task": self.name, "name": "contract", "data": {"train": str(data)}}
+        values["model"] = {**values.get("model", {}), "d_model": 32, "num_layers": 2, "num_heads": 2}
+        values["train"] = {"steps": 6, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "threads": 1, "precision": "float32",
+                           "optimizer": values.get("train", {}).get("optimizer", "adamw")}
+        values["evaluate"] = {"bootstrap": 20}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values, allow_unicode=True), "utf-8")
+        return path
+
+    def _prepared(self, path: Path, where: Path, *overrides: str) -> tuple[recipes.Recipe, task.Task, RunFolder]:
+        recipe = recipes.load(path, overrides, find=task.find)
+        made = prepare.make_task(recipe, path.parent)
+        folder = RunFolder.create(where)
+        prepare.prepare(recipe, made, folder)
+        return recipe, made, folder
+
+    def _trainer(self, path: Path, where: Path, *overrides: str) -> Trainer:
+        recipe, made, folder = self._prepared(path, where, *overrides)
+        return Trainer(recipe, made, folder, progress=False)
+
+    def _batch(self, trainer: Trainer, indices: Sequence[int]) -> dict[str, Any]:
+        return trainer.task.collate([trainer.examples[i] for i in indices if i < len(trainer.examples)])
+
+    def test_encode_declares_one_shape(self, recipe_path: Path, tmp_path: Path) -> None:
+        _, made, _ = self._prepared(recipe_path, tmp_path / "run")
+        examples = [made.encode(row) for row in sample_rows(type(made), 9, seed=1)]
+        first = examples[0]
+        for example in examples:
+            assert {k: (v.dtype, v.ndim, v.shape[1:]) for k, v in example.items()} == {k: (v.dtype, v.ndim, v.shape[1:]) for k, v in first.items()}
+        assert all(len(tensor) == 9 for tensor in made.collate(examples).values())
+
+    def test_a_gradient_reaches_every_parameter(self, recipe_path: Path, tmp_path: Path) -> None:
+        trainer = self._trainer(recipe_path, tmp_path / "run")
+        trainer.model.eval()
+        trainer.task.loss(trainer.model, self._batch(trainer, range(8))).total.backward()
+        assert [n for n, p in trainer.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_accumulated_gradients_are_those_of_the_whole_batch(self, recipe_path: Path, tmp_path: Path) -> None:
+        whole = self._trainer(recipe_path, tmp_path / "a", "model.dropout=0")
+        parts = self._trainer(recipe_path, tmp_path / "b", "model.dropout=0", "train.micro_batch=2")
+        for name, trainer in (("whole", whole), ("parts", parts)):
+            loss = trainer._update(0)[0]
+            assert np.isfinite(loss), name
+        assert whole._update(1)[0] == pytest.approx(parts._update(1)[0], rel=1e-5)
+        for (name, a), (_, b) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+    def test_eight_rows_can_be_overfitted(self, recipe_path: Path, tmp_path: Path) -> None:
+        trainer = self._trainer(recipe_path, tmp_path / "run", "train.steps=150", "train.decay=constant", "train.lr=0.005", "train.weight_decay=0")
+        model, made = trainer.model.eval(), trainer.task
+        batch = self._batch(trainer, range(8))
+        losses = []
+        for _ in range(150):
+            trainer.optimizer.zero_grad()
+            loss = made.loss(model, batch)
+            (loss.total / loss.count).backward()
+            trainer.optimizer.step()
+            losses.append(float(loss.total.detach()) / int(loss.count))
+        assert losses[-1] < 0.15 * losses[0]
+
+    def test_codecs_and_weights_come_back_bit_for_bit(self, recipe_path: Path, tmp_path: Path) -> None:
+        trainer = self._trainer(recipe_path, tmp_path / "run")
+        made = trainer.task
+        again = type(made)(made.options, seed=made.seed)
+        again.load(tmp_path / "run" / "codec")
+        for row in sample_rows(type(made), 5, seed=2):
+            one, two = made.encode(row), again.encode(row)
+            assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+        checkpoint.save_weights(tmp_path / "w.safetensors", trainer.model, {})
+        other = again.model(trainer.recipe.model)
+        checkpoint.load_model(other, checkpoint.load_weights(tmp_path / "w.safetensors"))
+        batch = self._batch(trainer, range(4))
+        device.seed_step(0, 0)
+        a = made.loss(trainer.model.eval(), batch).total
+        device.seed_step(0, 0)
+        assert torch.equal(a, again.loss(other.eval(), batch).total)
+
+    def test_resumed_equals_never_stopped(self, recipe_path: Path, tmp_path: Path) -> None:
+        whole = train(recipe_path, ["model.dropout=0.1"], run=tmp_path / "whole", progress=False)
+        trainer = self._trainer(recipe_path, tmp_path / "cut", "model.dropout=0.1")
+        trainer.caught.append(15)  # as if SIGTERM had come during the first step
+        with pytest.raises(Exception, match="SIGTERM"):
+            trainer.fit()
+        assert trainer.step == 1
+        cut = train(recipe_path, ["model.dropout=0.1"], run=tmp_path / "cut", progress=False)
+        for name in ("model.safetensors", "checkpoints/step-00000006/model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
+            assert (whole.path / name).read_bytes() == (cut.path / name).read_bytes(), name
+
+    def test_prepared_twice_is_the_same_bytes(self, recipe_path: Path, tmp_path: Path) -> None:
+        for where in ("a", "b"):
+            self._prepared(recipe_path, tmp_path / where)
+        files = [sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*") if p.is_file()) for w in ("a", "b")]
+        assert files[0] == files[1] and len(files[0]) > 5
+        for name in files[0]:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+    def test_answers_in_a_batch_are_those_one_by_one(self, recipe_path: Path, tmp_path: Path) -> None:
+        trainer = self._trainer(recipe_path, tmp_path / "run")
+        examples = trainer.valid
+        assert examples is not None
+        together = evaluate.answers(trainer.task, trainer.model, examples, batch_size=64)
+        alone = evaluate.answers(trainer.task, trainer.model, examples, batch_size=1)
+        assert len(together) == len(examples)
+        for a, b in zip(together, alone, strict=True):
+            same(a, b)
+
+    def test_the_served_answer_is_the_predicted_one(self, recipe_path: Path, tmp_path: Path) -> None:
+        testclient = pytest.importorskip("fastapi.testclient")
+        from multihead.serve.app import create_app
+        from multihead.serve.served import Served
+
+        run = train(recipe_path, run=tmp_path / "run", progress=False)
+        rows = sample_rows(type(run.task), 3, seed=3)
+        row = {c.name: rows[0][c.name] for c in run.task.columns if c.kind in ("text", "number", "id")}
+        ask = {"max_tokens": 5, "temperature": 0.0} if run.task.emits else {}
+        with testclient.TestClient(create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)) as client:
+            reply = client.post("/v1/predict", json={"model": "contract", "input": row, **ask})
+            assert reply.status_code == 200, reply.text
+            served = reply.json()
+        predicted = run.predict([row], **ask)[0]
+        same(predicted, served["answers"][0] if "answers" in served else served["output"])
+
+    def test_the_metric_is_among_the_scores(self, recipe_path: Path, tmp_path: Path) -> None:
+        run = train(recipe_path, run=tmp_path / "run", progress=False)
+        found = run.evaluate(part="valid", progress=False)
+        assert run.task.metric[0] in found["metrics"] and run.task.metric[1] in ("min", "max")
+        low, high = found["metrics"][run.task.metric[0]]["low"], found["metrics"][run.task.metric[0]]["high"]
+        assert low <= found["metrics"][run.task.metric[0]]["value"] <= high
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal answers: numbers to 1e-4, all else exactly."""
+    if isinstance(a, float) or isinstance(b, float):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    else:
+        assert a == b
