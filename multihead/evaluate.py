@@ -1,13 +1,22 @@
 """Step 4, evaluate: a model's answers to rows it was not trained on, and what they are worth.
 
 `score_part` is the part that training shares: answers in batches of like length, back in the order of the rows, scored
-by the task.
+by the task. `evaluate` adds intervals and figures, and writes all files of the evaluation, or none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +25,14 @@ from torch import nn
 
 from multihead.data.loader import sequential
 from multihead.data.store import Store
+from multihead.errors import UserError, tr
+from multihead.run import WEIGHTS, file_hash, replacing, size_text
+from multihead.runtime import device as devices
 from multihead.task import Answer, Example, Task
 
 EVALUATE: dict[str, Any] = {"evaluate": True}
+SAMPLES = 3
+Tick = Callable[[int], None]
 
 
 def answers(
@@ -29,7 +43,8 @@ def answers(
     ask: Mapping[str, Any] = EVALUATE,
     device: torch.device | str = "cpu",
     precision: str | torch.dtype = "float32",
-    tick: Any = None,
+    tick: Tick | None = None,
+    lengths: np.ndarray | None = None,
 ) -> list[Answer]:
     """The answer to every example, in the order of the examples.
 
@@ -37,16 +52,19 @@ def answers(
 
     Args:
         ask: what `Task.predict` is asked for.
-        precision: "float32", or "bf16" for autocast.
+        precision: "float32", "bf16" or "auto", or the dtype they stand for.
         tick: called with the number of rows of each batch once it is answered (progress).
+        lengths: length of each example; default: what the task says of a store's rows.
     """
     found: list[Answer | None] = [None] * len(examples)
     training = model.training
     model.eval()
     try:
-        # Not inference_mode: training goes on with this module, and a table it builds and keeps now must stay usable there.
-        with torch.no_grad(), autocast(device, precision):
-            for index in sequential(len(examples), batch_size, _lengths(task, examples)):
+        # Not inference_mode: training goes on with this module, and a table it builds now must stay usable there.
+        with torch.no_grad(), _autocast(device, precision):
+            for index in sequential(
+                len(examples), batch_size, _lengths(task, examples) if lengths is None else lengths
+            ):
                 batch = to_device(task.collate([examples[int(i)] for i in index]), device)
                 replies = task.predict(model, batch, dict(ask))
                 if len(replies) != len(index):
@@ -87,8 +105,25 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 def raw_rows(examples: Sequence[Example]) -> Sequence[dict[str, Any]]:
     """The raw row of each example: read from the store as asked for, or empty where an example is not a stored row."""
     if isinstance(examples, Store):
+        if not _keeps_rows(examples):
+            raise UserError(
+                tr(
+                    "only the encoding of its rows was kept, and metrics need the rows; give the file itself with --data",
+                    "只保存了编码，没有保存原始数据行，而指标需要原始数据；请用 --data 给出文件本身",
+                ),
+                str(examples.folder),
+            )
         return StoreRows(examples)
     return [{} for _ in range(len(examples))]
+
+
+def _keeps_rows(store: Store) -> bool:
+    try:
+        if len(store):
+            store.row(0)
+    except ValueError:
+        return False
+    return True
 
 
 class StoreRows(Sequence[dict[str, Any]]):
@@ -112,13 +147,271 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def autocast(device: torch.device | str, precision: str | torch.dtype) -> AbstractContextManager[Any]:
-    """bf16 autocast on `device` where `precision` says so, else nothing."""
-    if precision in ("bf16", torch.bfloat16):
-        return torch.autocast(torch.device(device).type, torch.bfloat16)
-    return nullcontext()
+def _autocast(device: torch.device | str, precision: str | torch.dtype) -> Any:
+    place = torch.device(device)
+    return devices.autocast(
+        place, devices.choose_precision(precision, place) if isinstance(precision, str) else precision
+    )
 
 
 def _lengths(task: Task, examples: Sequence[Example]) -> np.ndarray | None:
     lengths = task.length(examples) if isinstance(examples, Store) else None
     return lengths if lengths is not None and len(lengths) == len(examples) else None
+
+
+# -- the whole evaluation ---------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    run: Any,
+    data: str | Path | Sequence[str | Path] | None = None,
+    part: str | None = None,
+    progress: bool = True,
+    console: Any = None,
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """Measure a run on its held-out part, or on files of one's own, and write what was found into its folder.
+
+    Writes ``predictions.jsonl``, ``metrics.json``, ``report.html`` and the model card ``README.md``: all of them once
+    everything is known, or, where anything fails, none.
+
+    Args:
+        run: a `multihead.build.Run`.
+        data: files instead of a part of the run; relative to the current folder.
+        part: "test", "valid" or "train"; default: test where it has rows, else valid.
+        progress: show a bar on a terminal's standard error.
+        console: a rich console for the table of results; None prints none.
+        precision: "float32" gives the figures of the model as it is served; "bf16" and "auto" are faster.
+
+    Returns:
+        ``{"metrics": {name: {"value", "low", "high"}}, "confidence", "rows", "part", "data", "model", "machine", …}``,
+        as in ``metrics.json``.
+    """
+    began, task, settings = time.perf_counter(), run.task, run.recipe.evaluate
+    with _store(run, data, part) as (store, about):
+        # Never the training part's windows, which overlap: a token counts once.
+        examples = task.examples(store, "valid" if about["part"] == "valid" else "test")
+        rows = list(raw_rows(examples))
+        with ticking(tr("evaluating", "评估"), len(examples), progress) as tick, torch.inference_mode():
+            replies = answers(
+                task, run.model, examples, settings.batch_size, device=run.device, precision=precision, tick=tick
+            )
+        metrics = _intervals(task, replies, rows, settings, run.recipe.seed)
+        figures = dict(task.figures(replies, rows))
+        figures.setdefault("samples", _samples(run, store))
+        result: dict[str, Any] = {
+            "metrics": metrics,
+            "confidence": settings.confidence,
+            "rows": len(store),
+            **about,
+            "model": file_hash(run.folder.file(WEIGHTS)),
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "machine": machine(run.device, precision),
+            "command": _command(run, data, part),
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        _write(run, result, figures, replies, rows)
+    if console is not None:
+        show(result, console)
+        console.print(
+            tr(f"report: {run.folder.file('report.html')}", f"报告：{run.folder.file('report.html')}"), markup=False
+        )
+    return result
+
+
+@contextmanager
+def _store(run: Any, data: Any, part: str | None) -> Iterator[tuple[Store, dict[str, Any]]]:
+    """The encoded rows to measure on, and where they come from; new files are encoded into a folder that goes again."""
+    if not data:
+        yield _held_out(run, part)
+        return
+    if part is not None:
+        raise UserError(tr(f"either data or part {part!r}, not both", f"data 与 part {part!r} 只能给一个"))
+    from multihead.prepare import read_part
+
+    paths = [str(p) for p in data] if isinstance(data, (list, tuple)) else [str(data)]
+    work = run.folder.file(f"data/.evaluate.tmp-{os.getpid()}")
+    try:
+        store, read = read_part(run.recipe, run.task, paths, work / "store", Path.cwd())
+        yield store, {"part": None, "data": paths, "rejected": read.rejected_count}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _held_out(run: Any, part: str | None) -> tuple[Store, dict[str, Any]]:
+    for name in ("test", "valid") if part is None else (part,):
+        folder = run.folder.file(f"data/{name}")
+        if name in ("train", "valid", "test") and folder.is_dir() and len(store := Store(folder)):
+            return store, {"part": name, "data": []}
+    what = (
+        tr("neither test nor valid", "test 和 valid 都")
+        if part is None
+        else tr(f"part {part!r} does not", f"{part!r} 部分")
+    )
+    raise UserError(
+        tr(
+            f"{what} hold rows to measure on; give a file with --data, or set data.split in the recipe and train anew",
+            f"{what}没有可供评估的数据；请用 --data 给出文件，或在配方中设置 data.split 后重新训练",
+        ),
+        str(run.folder.path),
+    )
+
+
+def _intervals(
+    task: Task, replies: list[Answer], rows: list[dict[str, Any]], settings: Any, seed: int
+) -> dict[str, Any]:
+    if settings.bootstrap:
+        from multihead.metrics.intervals import bootstrap
+
+        found = bootstrap(task.score, replies, rows, settings.bootstrap, settings.confidence, seed)
+    else:
+        found = {name: (value, None, None) for name, value in numbers(task.score(replies, rows)).items()}
+    return {
+        name: dict(zip(("value", "low", "high"), map(_finite, three), strict=True)) for name, three in found.items()
+    }
+
+
+def _finite(value: Any) -> float | None:
+    """JSON has neither NaN nor infinity: null stands for both."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _samples(run: Any, store: Store) -> list[dict[str, str]]:
+    """Prompts gone on with, where the task has ``options.prompts``: those, else the beginnings of held-out rows."""
+    prompts = getattr(run.task.options, "prompts", None)
+    if not run.task.emits or prompts is None:
+        return []
+    if not prompts:
+        chosen = {int(i) for i in np.linspace(0, len(store) - 1, SAMPLES)}
+        column = run.task.columns[0].name
+        prompts = [beginning for i in sorted(chosen) if (beginning := _beginning(str(_row(store, i).get(column, ""))))]
+    from multihead.predict import predict
+
+    ask = {"max_tokens": 120, "temperature": 0.8, "seed": run.recipe.seed}
+    return [
+        {"prompt": p, "text": answer["text"]} for p, answer in zip(prompts, predict(run, prompts, ask), strict=True)
+    ]
+
+
+def _beginning(text: str, length: int = 32) -> str:
+    """The first words of a text, not cut inside one."""
+    start = text.lstrip()[:length]
+    kept = start.rpartition(" ")[0] if len(text.lstrip()) > length else start
+    return kept or start
+
+
+def _row(store: Store, i: int) -> dict[str, Any]:
+    return store.row(i) if _keeps_rows(store) else {}
+
+
+def machine(device: torch.device, precision: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    facts: dict[str, Any] = dict(devices.versions())
+    facts["cpu"] = _processor()
+    facts["cores"], facts["threads"] = devices.cores(), torch.get_num_threads()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = size_text(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["precision"] = str(devices.choose_precision(precision, device)).removeprefix("torch.")
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _command(run: Any, data: Any, part: str | None) -> str:
+    words = ["multihead", "evaluate", str(run.folder.path)]
+    for file in data if isinstance(data, (list, tuple)) else [data] if data else []:
+        words += ["--data", str(file)]
+    if part is not None:
+        words += ["--part", part]
+    return shlex.join(words)
+
+
+# -- writing and showing ----------------------------------------------------------------------------------------------
+
+
+def _write(
+    run: Any, result: dict[str, Any], figures: dict[str, Any], replies: Sequence[Answer], rows: Sequence[Any]
+) -> None:
+    """Everything is rendered and written under temporary names before the first file takes its place."""
+    from multihead import card, report
+
+    files = {
+        "report.html": report.render(run, result, figures),
+        "README.md": card.render(run, result, figures),
+        "metrics.json": json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+    }
+    with ExitStack() as stack:
+        for name, content in files.items():
+            stack.enter_context(replacing(run.folder.file(name))).write_text(content, encoding="utf-8")
+        with open(stack.enter_context(replacing(run.folder.file("predictions.jsonl"))), "w", encoding="utf-8") as file:
+            for line in prediction_lines(run.task, replies, rows):
+                file.write(line + "\n")
+
+
+def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of ``predictions.jsonl``: a row's place, its input and target columns, and the answer to it."""
+    inputs = [c.name for c in input_columns(task)]
+    targets = [c.name for c in task.columns if c.name not in inputs]
+    for reply, row in zip(replies, rows, strict=True):
+        line: dict[str, Any] = {}
+        if row:
+            line["where"] = getattr(row, "where", "")
+            line["input"] = {name: row[name] for name in inputs if name in row}
+            line["target"] = {name: row[name] for name in targets if name in row}
+        yield json.dumps(plain(line | {"answer": reply}), ensure_ascii=False)
+
+
+def input_columns(task: Task) -> list[Any]:
+    """The columns an answer is made from: those that make a row itself, else the first."""
+    return [c for c in task.columns if c.identity] or list(task.columns[:1])
+
+
+def plain(value: Any) -> Any:
+    """The same value with null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return _finite(value) if isinstance(value, float) else value
+
+
+def show(result: Mapping[str, Any], console: Any) -> None:
+    """Print the metrics as a table on a rich console."""
+    from rich.table import Table
+
+    from multihead.report import name_of, shown
+
+    table = Table(box=None, pad_edge=False)
+    for heading, side in (
+        (tr("metric", "指标"), "left"),
+        (tr("value", "值"), "right"),
+        (f"{100 * result['confidence']:g} %", "left"),
+    ):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for name, metric in result["metrics"].items():
+        value, low, high = shown(metric)
+        table.add_row(tr(*name_of(name)), value, f"{low} – {high}" if low else "")
+    console.print(table)
+
+
+@contextmanager
+def ticking(what: str, total: int | None, visible: bool = True) -> Iterator[Tick]:
+    """A bar on standard error while the block runs, where that is a terminal. Gives the function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
+        row = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(row, n)
