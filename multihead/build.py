@@ -49,14 +49,18 @@ def prove(task: Task, model: nn.Module, recipe: Recipe, store: Store) -> dict[st
     rows = min(len(examples), recipe.train.micro_batch or recipe.train.batch_size)
     batch = task.collate([examples[i] for i in range(rows)])
     loss = task.loss(model, batch)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     value = float(loss.total.detach()) / max(1, int(loss.count))
     if unreached or not math.isfinite(value):
         bad = optim.first_bad(model)
         raise UserError(
-            tr(f"one batch does not train: loss {value}; no gradient reaches {unreached or bad}",
-               f"一个批次无法训练：损失 {value}；梯度到不了 {unreached or bad}"), recipe.task)
+            tr(
+                f"one batch does not train: loss {value}; no gradient reaches {unreached or bad}",
+                f"一个批次无法训练：损失 {value}；梯度到不了 {unreached or bad}",
+            ),
+            recipe.task,
+        )
     norm = float(optim.clip(model.parameters(), None, 1 / max(1, int(loss.count))))
     model.zero_grad(set_to_none=True)
     shapes = {key: tuple(value.shape) for key, value in batch.items()}
@@ -94,7 +98,7 @@ class Run:
         return Store(self.folder.file(f"data/{part}"))
 
     def evaluate(self, data: str | Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
-        """Metrics with intervals on the held-out part, or on files of your own. Writes the report. See `evaluate.evaluate`."""
+        """Metrics with intervals on the held-out part, or on files of your own. As `evaluate.evaluate`."""
         from multihead.evaluate import evaluate
 
         return evaluate(self, data, **options)

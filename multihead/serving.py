@@ -10,7 +10,11 @@ from multihead.errors import UserError, tr
 
 
 def serve_runs(
-    paths: Sequence[str | Path], host: str | None = None, port: int | None = None, api_keys: Sequence[str] = (), device: str = "auto"
+    paths: Sequence[str | Path],
+    host: str | None = None,
+    port: int | None = None,
+    api_keys: Sequence[str] = (),
+    device: str = "auto",
 ) -> None:
     """Serve the runs at `paths` until SIGTERM or SIGINT. The first run's ``serve:`` section holds for all.
 
@@ -21,11 +25,20 @@ def serve_runs(
         from multihead.serve.app import create_app, run
         from multihead.serve.served import Served
     except ImportError as error:
-        raise UserError(tr(f"serving needs {error.name}: pip install 'multihead[serve]'", f"部署需要 {error.name}：pip install 'multihead[serve]'")) from None
+        raise UserError(
+            tr(
+                f"serving needs {error.name}: pip install 'multihead[serve]'",
+                f"部署需要 {error.name}：pip install 'multihead[serve]'",
+            )
+        ) from None
     runs = [open_run(path, device) for path in paths]
     names = unique_names(runs)
     settings = runs[0].recipe.serve
-    changes = {k: v for k, v in (("host", host), ("port", port), ("api_keys", [*settings.api_keys, *api_keys])) if v is not None}
+    changes = {
+        k: v
+        for k, v in (("host", host), ("port", port), ("api_keys", [*settings.api_keys, *api_keys]))
+        if v is not None
+    }
     settings = settings.model_copy(update=changes)
     served = [Served(name=name, task=r.task, model=r.model) for name, r in zip(names, runs, strict=True)]
     run(create_app(served, settings), settings.host, settings.port)
@@ -41,6 +54,10 @@ def unique_names(runs: Sequence[Run]) -> list[str]:
     for name in names:
         if names.count(name) > 1:
             where = ", ".join(str(run.path) for run in runs if run.name == name)
-            raise UserError(tr(f"two runs are called '{name}' ({where}); give one another name in its recipe",
-                               f"有两个训练都叫 '{name}'（{where}）；请在其中一个的配方里改名"))
+            raise UserError(
+                tr(
+                    f"two runs are called '{name}' ({where}); give one another name in its recipe",
+                    f"有两个训练都叫 '{name}'（{where}）；请在其中一个的配方里改名",
+                )
+            )
     return names

@@ -77,7 +77,7 @@ class Task:
         """Learn codecs from the training rows (read as often as needed; never all in memory)."""
 
     def encode(self, row: dict[str, Any]) -> Example:
-        """One raw row → arrays, ragged on their first axis. The only road from raw to numbers, in training and serving.
+        """One raw row → arrays, ragged on their first axis: the only road from raw to numbers.
 
         A row without its target (at serving time) is encoded without it.
         """
@@ -143,7 +143,7 @@ class Task:
     # -- serve --------------------------------------------------------------------------------------------------------
 
     def request(self, body: Any) -> dict[str, Any]:
-        """The HTTP body of ``/v1/predict`` → one row. Default: the object itself, or a bare string as the first column."""
+        """One input of ``/v1/predict`` → one row. Default: the object itself, or a bare value as the first column."""
         if isinstance(body, dict):
             return body
         return {self.columns[0].name: body}
@@ -217,7 +217,9 @@ def _from_file(path: Path) -> type[Task]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(tr(f"the task file does not load: {error!r}", f"任务文件无法载入：{error!r}"), str(path)) from error
+        raise UserError(
+            tr(f"the task file does not load: {error!r}", f"任务文件无法载入：{error!r}"), str(path)
+        ) from error
     return _only_task(module, str(path))
 
 
@@ -229,8 +231,10 @@ def _only_task(module: Any, where: str) -> type[Task]:
     ]
     if len(found) != 1:
         raise UserError(
-            tr(f"a task file defines exactly one subclass of Task; this one has {len(found)}",
-               f"一个任务文件应当只定义一个 Task 的子类；这里有 {len(found)} 个"),
+            tr(
+                f"a task file defines exactly one subclass of Task; this one has {len(found)}",
+                f"一个任务文件应当只定义一个 Task 的子类；这里有 {len(found)} 个",
+            ),
             where,
         )
     return found[0]

@@ -1,8 +1,8 @@
 """Step 3, train: the one loop. It knows no task; what differs between tasks is behind `Task.loss` and `Task.score`.
 
 Every step is a pure function of the weights, the optimizer's state and the step's number: the rows come from
-``Loader.batch(step)``, the noise from ``seed_step``. So a run that was killed and resumed ends with the same bits as one
-that was not (in float32 with as many threads).
+``Loader.batch(step)``, the noise from ``seed_step``. So a run that was killed and resumed ends with the same bits as
+one that was not (in float32 with as many threads).
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def train(
 class Trainer:
     """One run's training: model, optimizer, loader, and where it stands."""
 
-    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, caught: list[int] | None = None, progress: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, folder: RunFolder, caught: list[int] | None = None, progress: bool = True
+    ) -> None:
         self.recipe, self.settings, self.task, self.folder = recipe, recipe.train, task, folder
         self.caught = [] if caught is None else caught
         self.device = device.choose_device(recipe.train.device)
@@ -103,7 +105,9 @@ class Trainer:
     def _fresh(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = build.make_model(self.task, self.recipe).to(self.device).train()
         s = self.settings
-        return model, optim.build(model, optimizer=s.optimizer, lr=s.lr, muon_lr=s.muon_lr, weight_decay=s.weight_decay, betas=s.betas)
+        return model, optim.build(
+            model, optimizer=s.optimizer, lr=s.lr, muon_lr=s.muon_lr, weight_decay=s.weight_decay, betas=s.betas
+        )
 
     def _scale(self) -> tuple[int, int]:
         """Steps of the whole run and threads to use: what the checkpoint says, else by a short measurement."""
@@ -130,7 +134,12 @@ class Trainer:
                 work()
                 times.append(time.perf_counter() - start)
             # A twentieth of the time is left for evaluations and checkpoints.
-            steps = max(1, min(steps, int(s.minutes * 60 * 0.95 / statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)]))))
+            steps = max(
+                1,
+                min(
+                    steps, int(s.minutes * 60 * 0.95 / statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)]))
+                ),
+            )
         return steps, threads
 
     def _resume(self) -> None:
@@ -151,8 +160,12 @@ class Trainer:
         for message in self.skipped:
             self._say(message)
         if self.done:
-            self._say(tr(f"already trained: {self.step} steps. `multihead evaluate {self.folder.path}` tells how good it is",
-                         f"已经训练完成，共 {self.step} 步。用 `multihead evaluate {self.folder.path}` 查看效果"))
+            self._say(
+                tr(
+                    f"already trained: {self.step} steps. `multihead evaluate {self.folder.path}` tells how good it is",
+                    f"已经训练完成，共 {self.step} 步。用 `multihead evaluate {self.folder.path}` 查看效果",
+                )
+            )
             return
         self._announce()
         every, save = self._every()
@@ -188,7 +201,15 @@ class Trainer:
             self.bar.advance(self.step, count, loss=loss)
         if self.step % self.settings.log_every == 0 or self.step in (1, self.steps):
             rate = round(count / max(1e-9, time.perf_counter() - started), 1)
-            log.write(self.step, loss=loss, lr=lr, grad_norm=norm, seconds=round(self.seconds, 3), **{f"{self.task.unit}_per_s": rate}, **parts)
+            log.write(
+                self.step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                seconds=round(self.seconds, 3),
+                **{f"{self.task.unit}_per_s": rate},
+                **parts,
+            )
 
     def _update(self, step: int) -> tuple[float, float, int, dict[str, float], float]:
         """One step of the optimizer: loss, gradient norm, count, further losses, learning rate."""
@@ -202,7 +223,7 @@ class Trainer:
             device.seed_step(self.recipe.seed, step, micro)
             with device.autocast(self.device, self.precision):
                 loss = self.task.loss(self.model, batch)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()
             total, count = total + float(loss.total.detach()), count + int(loss.count)
             for name, value in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach())
@@ -235,23 +256,40 @@ class Trainer:
         """Validation scores; the weights are kept where the task's metric has never been better."""
         assert self.valid is not None
         with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
-            replies = evaluate.answers(self.task, self.model, self.valid, self.recipe.evaluate.batch_size, device=self.device,
-                                       precision=self.precision, tick=lambda rows: self._heed())
+            replies = evaluate.answers(
+                self.task,
+                self.model,
+                self.valid,
+                self.recipe.evaluate.batch_size,
+                device=self.device,
+                precision=self.precision,
+                tick=lambda rows: self._heed(),
+            )
             scores = evaluate.numbers(self.task.score(replies, evaluate.raw_rows(self.valid)))
             name, better = self._metric(scores)
             value, best = scores[name], self.best["value"]
             improved = best is None or (value < best if better == "min" else value > best)
-            self.best = {"value": value, "step": self.step, "stale": 0} if improved else {**self.best, "stale": self.best["stale"] + 1}
+            self.best = (
+                {"value": value, "step": self.step, "stale": 0}
+                if improved
+                else {**self.best, "stale": self.best["stale"] + 1}
+            )
             log.write(self.step, valid=scores, seconds=round(self.seconds, 3), best=improved)
             if improved:
                 self._keep_weights({name: value})
         shown = " · ".join(f"{k} {v:.4f}" for k, v in scores.items())
-        self._say(tr(f"step {self.step}: validation {shown}", f"第 {self.step} 步：验证 {shown}") + (" *" if improved else ""))
+        self._say(
+            tr(f"step {self.step}: validation {shown}", f"第 {self.step} 步：验证 {shown}") + (" *" if improved else "")
+        )
         stop = self.settings.early_stop
         if stop is not None and self.best["stale"] >= stop.patience:
             self.done = True
-            self._say(tr(f"no better {name} for {stop.patience} evaluations; the weights of step {self.best['step']} are kept",
-                         f"{name} 连续 {stop.patience} 次评估没有改善；保留第 {self.best['step']} 步的权重"))
+            self._say(
+                tr(
+                    f"no better {name} for {stop.patience} evaluations; the weights of step {self.best['step']} stay",
+                    f"{name} 连续 {stop.patience} 次评估没有改善；保留第 {self.best['step']} 步的权重",
+                )
+            )
 
     def _metric(self, scores: dict[str, float]) -> tuple[str, str]:
         name, better = self.task.metric
@@ -259,9 +297,15 @@ class Trainer:
         if wanted is None or wanted == name:
             return name, better
         if wanted not in scores:
-            raise UserError(tr(f"train.early_stop.metric is '{wanted}'; this task reports: {', '.join(scores)}",
-                               f"train.early_stop.metric 是 '{wanted}'；此任务给出的指标有：{'、'.join(scores)}"))
-        return wanted, "min" if any(word in wanted for word in ("loss", "error", "perplexity", "bits", "rate")) else "max"
+            raise UserError(
+                tr(
+                    f"train.early_stop.metric is '{wanted}'; this task reports: {', '.join(scores)}",
+                    f"train.early_stop.metric 是 '{wanted}'；此任务给出的指标有：{'、'.join(scores)}",
+                )
+            )
+        return wanted, "min" if any(
+            word in wanted for word in ("loss", "error", "perplexity", "bits", "rate")
+        ) else "max"
 
     def _keep_weights(self, figures: dict[str, float]) -> None:
         metadata = {"task": self.recipe.task, "step": str(self.step), **{k: f"{v:.6g}" for k, v in figures.items()}}
@@ -276,8 +320,15 @@ class Trainer:
     def _save(self) -> None:
         tensors, rest = checkpoint.flatten(self.optimizer.state_dict())
         groups = {"model": checkpoint.model_tensors(self.model), "optimizer": tensors}
-        meta = {"optimizer": rest, "best": self.best, "done": self.done, "steps": self.steps, "threads": self.threads,
-                "seconds": self.seconds, "precision": str(self.precision).removeprefix("torch.")}
+        meta = {
+            "optimizer": rest,
+            "best": self.best,
+            "done": self.done,
+            "steps": self.steps,
+            "threads": self.threads,
+            "seconds": self.seconds,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
         if self.ema is not None:
             groups["ema"], meta["ema_updates"] = self.ema.tensors(), self.ema.updates
         checkpoint.save(self.folder.path, self.step, groups, meta, self.settings.keep)
@@ -292,23 +343,39 @@ class Trainer:
         step = self.step - 1
         indices = self.loader.batch(step)
         batch = self._batch(step, indices, 0)
-        checkpoint.save_weights(self.folder.file("bad_batch.safetensors"), {k: v.contiguous() for k, v in batch.items()}, {"step": str(step)})
-        self.folder.write_json("bad_batch.json", {"step": step, "rows": indices.tolist(), "loss": str(loss), "parameter": name})
+        checkpoint.save_weights(
+            self.folder.file("bad_batch.safetensors"),
+            {k: v.contiguous() for k, v in batch.items()},
+            {"step": str(step)},
+        )
+        self.folder.write_json(
+            "bad_batch.json", {"step": step, "rows": indices.tolist(), "loss": str(loss), "parameter": name}
+        )
         raise UserError(
-            tr(f"step {self.step}: the loss is {loss} and the gradient of '{name}' is not finite. The batch is kept in bad_batch.safetensors "
-               "(its rows in bad_batch.json). A smaller train.lr, train.clip, or train.precision=float32 may help; the last checkpoint is whole",
-               f"第 {self.step} 步：损失为 {loss}，'{name}' 的梯度不是有限数。该批次保存在 bad_batch.safetensors（行号在 bad_batch.json）。"
-               "可以试试减小 train.lr、设置 train.clip，或用 train.precision=float32；上一个检查点完好"), str(self.folder.path))
+            tr(
+                f"step {self.step}: the loss is {loss}, the gradient of '{name}' not finite. The batch is kept in "
+                "bad_batch.safetensors (its rows in bad_batch.json). A smaller train.lr, train.clip, or "
+                "train.precision=float32 may help; the last checkpoint is whole",
+                f"第 {self.step} 步：损失为 {loss}，'{name}' 的梯度不是有限数。"
+                "该批次保存在 bad_batch.safetensors（行号在 bad_batch.json）。"
+                "可以试试减小 train.lr、设置 train.clip，或用 train.precision=float32；上一个检查点完好",
+            ),
+            str(self.folder.path),
+        )
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         number = str(self.precision).removeprefix("torch.")
         where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
         resumed = tr(f", resumed at step {self.step}", f"，从第 {self.step} 步继续") if self.step else ""
-        self._say(tr(f"{self.folder.path}: {self.recipe.task}, {parameters:,} parameters, {len(self.examples):,} examples, "
-                     f"{self.steps} steps, {where}, {number}{resumed}",
-                     f"{self.folder.path}：{self.recipe.task}，{parameters:,} 个参数，{len(self.examples):,} 个样本，"
-                     f"{self.steps} 步，{where}，{number}{resumed}"))
+        self._say(
+            tr(
+                f"{self.folder.path}: {self.recipe.task}, {parameters:,} parameters, {len(self.examples):,} examples, "
+                f"{self.steps} steps, {where}, {number}{resumed}",
+                f"{self.folder.path}：{self.recipe.task}，{parameters:,} 个参数，{len(self.examples):,} 个样本，"
+                f"{self.steps} 步，{where}，{number}{resumed}",
+            )
+        )
 
     def _say(self, message: str) -> None:
         if self.bar is not None:

@@ -1,8 +1,8 @@
-"""What every task must keep, written once. `test_contract.py` walks ``tasks/`` with it; a task of your own can use it too:
+"""What every task must keep, written once. `test_contract.py` walks ``tasks/``; a task of your own can use it too:
 
-    from tests.contract import Contract
-    class TestMine(Contract):
-        name = "/home/me/mine.py"
+from tests.contract import Contract
+class TestMine(Contract):
+    name = "/home/me/mine.py"
 """
 
 from __future__ import annotations
@@ -17,14 +17,29 @@ import pytest
 import torch
 import yaml
 
-from multihead import build, evaluate, prepare, task
+from multihead import evaluate, prepare, task
 from multihead import recipe as recipes
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint, device
 from multihead.train import Trainer, train
 
 TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny"
-WORDS = ["房间", "很干净", "不错", "太差", "服务", "早餐", "good", "bad", "the room", "quiet", "noisy", "🍜", "价格", "位置"]
+WORDS = [
+    "房间",
+    "很干净",
+    "不错",
+    "太差",
+    "服务",
+    "早餐",
+    "good",
+    "bad",
+    "the room",
+    "quiet",
+    "noisy",
+    "🍜",
+    "价格",
+    "位置",
+]
 
 
 def value(kind: str, rng: np.random.Generator, i: int) -> Any:
@@ -59,8 +74,16 @@ class Contract:
         values = yaml.safe_load(shipped.read_text("utf-8")) if shipped.is_file() else {}
         values |= {"task": self.name, "name": "contract", "data": {"train": str(data)}}
         values["model"] = {**values.get("model", {}), "d_model": 32, "num_layers": 2, "num_heads": 2}
-        values["train"] = {"steps": 6, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "threads": 1, "precision": "float32",
-                           "optimizer": values.get("train", {}).get("optimizer", "adamw")}
+        values["train"] = {
+            "steps": 6,
+            "batch_size": 8,
+            "eval_every": 3,
+            "save_every": 2,
+            "log_every": 1,
+            "threads": 1,
+            "precision": "float32",
+            "optimizer": values.get("train", {}).get("optimizer", "adamw"),
+        }
         values["evaluate"] = {"bootstrap": 20}
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(values, allow_unicode=True), "utf-8")
@@ -85,7 +108,9 @@ class Contract:
         examples = [made.encode(row) for row in sample_rows(type(made), 9, seed=1)]
         first = examples[0]
         for example in examples:
-            assert {k: (v.dtype, v.ndim, v.shape[1:]) for k, v in example.items()} == {k: (v.dtype, v.ndim, v.shape[1:]) for k, v in first.items()}
+            assert {k: (v.dtype, v.ndim, v.shape[1:]) for k, v in example.items()} == {
+                k: (v.dtype, v.ndim, v.shape[1:]) for k, v in first.items()
+            }
         assert all(len(tensor) == 9 for tensor in made.collate(examples).values())
 
     def test_a_gradient_reaches_every_parameter(self, recipe_path: Path, tmp_path: Path) -> None:
@@ -106,7 +131,14 @@ class Contract:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
 
     def test_eight_rows_can_be_overfitted(self, recipe_path: Path, tmp_path: Path) -> None:
-        trainer = self._trainer(recipe_path, tmp_path / "run", "train.steps=150", "train.decay=constant", "train.lr=0.005", "train.weight_decay=0")
+        trainer = self._trainer(
+            recipe_path,
+            tmp_path / "run",
+            "train.steps=150",
+            "train.decay=constant",
+            "train.lr=0.005",
+            "train.weight_decay=0",
+        )
         model, made = trainer.model.eval(), trainer.task
         batch = self._batch(trainer, range(8))
         losses = []
@@ -143,13 +175,19 @@ class Contract:
             trainer.fit()
         assert trainer.step == 1
         cut = train(recipe_path, ["model.dropout=0.1"], run=tmp_path / "cut", progress=False)
-        for name in ("model.safetensors", "checkpoints/step-00000006/model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
+        for name in (
+            "model.safetensors",
+            "checkpoints/step-00000006/model.safetensors",
+            "checkpoints/step-00000006/optimizer.safetensors",
+        ):
             assert (whole.path / name).read_bytes() == (cut.path / name).read_bytes(), name
 
     def test_prepared_twice_is_the_same_bytes(self, recipe_path: Path, tmp_path: Path) -> None:
         for where in ("a", "b"):
             self._prepared(recipe_path, tmp_path / where)
-        files = [sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*") if p.is_file()) for w in ("a", "b")]
+        files = [
+            sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*") if p.is_file()) for w in ("a", "b")
+        ]
         assert files[0] == files[1] and len(files[0]) > 5
         for name in files[0]:
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -173,7 +211,9 @@ class Contract:
         rows = sample_rows(type(run.task), 3, seed=3)
         row = {c.name: rows[0][c.name] for c in run.task.columns if c.kind in ("text", "number", "id")}
         ask = {"max_tokens": 5, "temperature": 0.0} if run.task.emits else {}
-        with testclient.TestClient(create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)) as client:
+        with testclient.TestClient(
+            create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)
+        ) as client:
             reply = client.post("/v1/predict", json={"model": "contract", "input": row, **ask})
             assert reply.status_code == 200, reply.text
             served = reply.json()

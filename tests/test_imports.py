@@ -16,7 +16,20 @@ LAYERS: list[set[str]] = [
     {"recipe", "generation", "runtime"},
     {"task"},
     {"tasks"},
-    {"prepare", "build", "train", "evaluate", "predict", "report", "charts", "card", "init", "serve", "serving", "demo"},
+    {
+        "prepare",
+        "build",
+        "train",
+        "evaluate",
+        "predict",
+        "report",
+        "charts",
+        "card",
+        "init",
+        "serve",
+        "serving",
+        "demo",
+    },
     {"cli"},
     {"", "__main__"},
 ]
@@ -41,7 +54,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             name = ".".join(part for part in (base, node.module or "") if part)
-            found |= {f"{name}.{a.name}" if (PACKAGE.parent / name.replace(".", "/")).is_dir() else name for a in node.names}
+            found |= {
+                f"{name}.{a.name}" if (PACKAGE.parent / name.replace(".", "/")).is_dir() else name for a in node.names
+            }
     return {name.removeprefix("multihead").removeprefix(".") for name in found if name.split(".")[0] == "multihead"}
 
 
@@ -61,7 +76,13 @@ def test_imports_point_down(path: Path) -> None:
 def test_the_transformer_imports_torch_alone(path: Path) -> None:
     allowed = {"torch", "multihead", *sys.stdlib_module_names}
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         assert {n.split(".")[0] for n in names} <= allowed
 
 
@@ -71,7 +92,13 @@ def test_no_step_imports_a_task(step: str) -> None:
 
 
 def test_nothing_unpickles() -> None:
-    forbidden = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("yaml", "unsafe_load"), ("yaml", "full_load")}
+    forbidden = {
+        ("torch", "load"),
+        ("pickle", "load"),
+        ("pickle", "loads"),
+        ("yaml", "unsafe_load"),
+        ("yaml", "full_load"),
+    }
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

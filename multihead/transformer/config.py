@@ -20,7 +20,7 @@ class TransformerConfig:
     num_layers: int = 6
     num_heads: int = 4
     num_kv_heads: int | None = None
-    """Key/value heads; fewer than `num_heads` is grouped-query attention (Ainslie et al. 2023). None: as many as heads."""
+    """Key/value heads; fewer than `num_heads` is grouped-query attention (Ainslie et al. 2023). None: num_heads."""
     d_head: int | None = None
     """Width of one head. None: d_model / num_heads."""
     d_ff: int | None = None
@@ -60,32 +60,59 @@ class TransformerConfig:
     def faults(self) -> list[tuple[str, str, str]]:
         """What cannot be built: (key, message in English, message in Chinese), empty where all is well."""
         found: list[tuple[str, str, str]] = []
-        for key in ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_head", "d_ff", "max_length", "ngram_buckets"):
+        for key in (
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "d_head",
+            "d_ff",
+            "max_length",
+            "ngram_buckets",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 found.append((key, f"{key} is {value}; it must be at least 1", f"{key} 是 {value}，至少要为 1"))
         if found:
             return found
         if self.d_head is None and self.d_model % self.num_heads:
-            found.append((
-                "num_heads",
-                f"num_heads is {self.num_heads}, which does not divide d_model {self.d_model}",
-                f"num_heads 是 {self.num_heads}，不能整除 d_model {self.d_model}",
-            ))
+            found.append(
+                (
+                    "num_heads",
+                    f"num_heads is {self.num_heads}, which does not divide d_model {self.d_model}",
+                    f"num_heads 是 {self.num_heads}，不能整除 d_model {self.d_model}",
+                )
+            )
         if self.num_heads % self.kv_heads:
-            found.append((
-                "num_kv_heads",
-                f"num_kv_heads is {self.kv_heads}, which does not divide num_heads {self.num_heads}",
-                f"num_kv_heads 是 {self.kv_heads}，不能整除 num_heads {self.num_heads}",
-            ))
+            found.append(
+                (
+                    "num_kv_heads",
+                    f"num_kv_heads is {self.kv_heads}, which does not divide num_heads {self.num_heads}",
+                    f"num_kv_heads 是 {self.kv_heads}，不能整除 num_heads {self.num_heads}",
+                )
+            )
         if self.positions == "rotary" and self.head_size % 2:
-            found.append((
-                "d_head",
-                f"rotary positions turn pairs, so the head width must be even; it is {self.head_size}",
-                f"rotary 位置编码按成对的维度旋转，每个头的宽度必须是偶数；现在是 {self.head_size}",
-            ))
+            found.append(
+                (
+                    "d_head",
+                    f"rotary positions turn pairs, so the head width must be even; it is {self.head_size}",
+                    f"rotary 位置编码按成对的维度旋转，每个头的宽度必须是偶数；现在是 {self.head_size}",
+                )
+            )
         if not 0.0 <= self.dropout < 1.0:
-            found.append(("dropout", f"dropout is {self.dropout}; it must lie in [0, 1)", f"dropout 是 {self.dropout}，应在 [0, 1) 之间"))
+            found.append(
+                (
+                    "dropout",
+                    f"dropout is {self.dropout}; it must lie in [0, 1)",
+                    f"dropout 是 {self.dropout}，应在 [0, 1) 之间",
+                )
+            )
         if any(n < 2 or n > 8 for n in self.ngrams):
-            found.append(("ngrams", f"ngrams is {list(self.ngrams)}; each order must be 2 to 8", f"ngrams 是 {list(self.ngrams)}，每一阶应为 2 到 8"))
+            found.append(
+                (
+                    "ngrams",
+                    f"ngrams is {list(self.ngrams)}; each order must be 2 to 8",
+                    f"ngrams 是 {list(self.ngrams)}，每一阶应为 2 到 8",
+                )
+            )
         return found

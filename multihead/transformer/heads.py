@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class TokenHead(nn.Module):
-    """Logits over the vocabulary: (…, D) → (…, V). `tied` shares the weight of the token embedding (Press & Wolf 2017)."""
+    """Logits over the vocabulary: (…, D) → (…, V). `tied` shares the token embedding's weight (Press & Wolf 2017)."""
 
     def __init__(self, d_model: int, vocab_size: int, tied: nn.Embedding | None = None, bias: bool = False) -> None:
         super().__init__()
