@@ -134,15 +134,15 @@ def _data(run: Any, say: Say) -> list[str]:
     ]
     for name, part in parts.items():
         cells = [say(*PARTS.get(name, (name, name))), f"{part['rows']:,}"]
-        cells += [str(part.get("lengths", {}).get(key, "")) for key in ("median", "max")]
+        cells += [f"{part['lengths'][key]:g}" if "lengths" in part else "" for key in ("median", "max")]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *[say(*note) for note in notes(report)]]
+    return [*lines, "", *[f"- {say(*note)}" for note in notes(report)]]
 
 
 def _limits(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any], say: Say) -> list[str]:
     limits = [
         say(
-            "The intervals cover the choice of the measured rows only: neither the luck of another training run nor rows "
+            "The intervals cover the choice of the measured rows only: neither the luck of another training nor rows "
             "from elsewhere.",
             "区间只反映评估数据的抽样误差，不包括换一次训练的差异，也不适用于其他来源的数据。",
         ),
@@ -166,9 +166,8 @@ def _limits(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any], say
                 f"这些类别的评估数据不足 {FEW} 行，其指标不可靠：{thin}。",
             )
         )
-    if weak := _named(
-        [(one, f"{one['recall']:.2f}") for one in classes if one["support"] >= FEW and one["recall"] < 0.5]
-    ):
+    measured = [one for one in classes if one["support"] >= FEW]
+    if weak := _named([(one, f"{one['recall']:.2f}") for one in measured if one["recall"] < 0.5]):
         limits.append(
             say(
                 f"Classes of which more than half are missed (recall): {weak}.",

@@ -108,7 +108,7 @@ def raw_rows(examples: Sequence[Example]) -> Sequence[dict[str, Any]]:
         if not _keeps_rows(examples):
             raise UserError(
                 tr(
-                    "only the encoding of its rows was kept, and metrics need the rows; give the file itself with --data",
+                    "of its rows only the encoding was kept, and metrics need the rows; give the file with --data",
                     "只保存了编码，没有保存原始数据行，而指标需要原始数据；请用 --data 给出文件本身",
                 ),
                 str(examples.folder),
@@ -203,6 +203,7 @@ def evaluate(
             "metrics": metrics,
             "confidence": settings.confidence,
             "rows": len(store),
+            "examples": len(examples),
             **about,
             "model": file_hash(run.folder.file(WEIGHTS)),
             "parameters": sum(p.numel() for p in run.model.parameters()),

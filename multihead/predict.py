@@ -76,7 +76,7 @@ def encode(task: Task, body: Any, where: str = "") -> Example:
         UserError: with `where` for every problem that has no place of its own.
     """
     try:
-        row = Row(task.request(body), where)
+        row = Row(_requested(task, body), where)
         inputs = input_columns(task)
         faults = []
         for column in inputs:
@@ -92,6 +92,16 @@ def encode(task: Task, body: Any, where: str = "") -> Example:
         return task.encode(row)
     except UserError as error:
         raise UserError.many([Problem(p.message, p.where or where) for p in error.problems]) from None
+
+
+def _requested(task: Task, body: Any) -> dict[str, Any]:
+    try:
+        return dict(task.request(body))
+    except (TypeError, ValueError):
+        shown = repr(body)[:60]
+        raise UserError(
+            tr(f"is neither a text nor an object of columns: {shown}", f"既不是文本，也不是由列组成的对象：{shown}")
+        ) from None
 
 
 def _formed(task: Task, column: Column, row: Mapping[str, Any]) -> tuple[Any, str]:

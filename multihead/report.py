@@ -142,6 +142,7 @@ def _context(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any]) ->
         "title": run.task.title if any(run.task.title) else (run.recipe.task,) * 2,
         "measured_on": measured,
         "rows": result["rows"],
+        "examples": result["examples"],
         "when": result["when"][:16].replace("T", " "),
         "weights": result["model"],
         "parameters": result.get("parameters", 0),
@@ -193,7 +194,7 @@ def _words(value: Any) -> str:
 
 
 def confused(labels: Sequence[str], matrix: Sequence[Sequence[int]], most: int = 8) -> list[dict[str, Any]]:
-    """The pairs of labels most often taken for one another, most frequent first; none where there are but two labels."""
+    """The pairs of labels most often taken for one another, most frequent first; none for two labels."""
     if len(labels) <= 2:
         return []
     found = [(int(n), i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
