@@ -20,7 +20,7 @@ class ServeSettings(BaseModel):
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in (set api_keys then)."""
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     """0 takes any free port."""
     api_keys: list[str] = []
     """Keys of which a caller must send one (``Authorization: Bearer KEY``); those in the environment variable
@@ -30,25 +30,25 @@ class ServeSettings(BaseModel):
     (so that a web page cannot reach a private server by DNS rebinding), else any."""
     cors_origins: list[str] = []
     """Web pages of other origins that may call: ``https://example.org``, or ``*`` for all."""
-    max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """Longest request body; beyond it 413."""
-    max_prompt_tokens: int = Field(4096, ge=1)
+    max_prompt_tokens: int = Field(default=4096, ge=1)
     """Longest prompt; beyond it 413."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
     """Most new tokens a caller may ask for; beyond it 422."""
-    max_rows: int = Field(256, ge=1)
+    max_rows: int = Field(default=256, ge=1)
     """Most rows (or prompts times samples) in one request; beyond it 422."""
-    max_batch: int = Field(32, ge=1)
+    max_batch: int = Field(default=32, ge=1)
     """Most rows joined into one batch."""
-    wait_ms: float = Field(3, ge=0, le=1000)
+    wait_ms: float = Field(default=3, ge=0, le=1000)
     """How long the first row of a batch waits for others."""
-    slots: int = Field(16, ge=1)
+    slots: int = Field(default=16, ge=1)
     """Texts generated side by side, per model."""
-    queue: int = Field(256, ge=0)
+    queue: int = Field(default=256, ge=0)
     """Requests that may wait, per model; beyond it 503 with Retry-After."""
     rate_limit: str | None = None
     """Requests a caller (by key, else by address) may send: ``60/minute``; beyond it 429 with Retry-After."""
-    drain_seconds: float = Field(20, ge=0)
+    drain_seconds: float = Field(default=20, ge=0)
     """Time that requests under way get to end after SIGTERM."""
 
     @field_validator("rate_limit")
@@ -68,7 +68,7 @@ class ServeSettings(BaseModel):
             raise ValueError(tr("an API key is empty", "API 密钥不能为空"))
         return value
 
-    def keys(self) -> list[str]:
+    def open_with(self) -> list[str]:
         """Every key that opens the server: the section's and the environment's."""
         more = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
         return [*self.api_keys, *(key for key in more if key)]
