@@ -115,7 +115,7 @@ class Task:
         return example
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Examples → tensors. Default: each key padded with zeros to the longest, and ``<key>_lengths`` where ragged."""
+        """Examples → tensors. Default: each key padded with zeros to the longest, with ``<key>_lengths`` where ragged."""
         return pad(examples)
 
     def length(self, store: Any) -> np.ndarray | None:
@@ -202,7 +202,8 @@ def find(name: str, base: Path | None = None) -> type[Task]:
         tr(
             f"no task is called '{name}'{nearest(name, known)}; there are: {', '.join(known)}; "
             "a task of your own is named by its file, ./mine.py",
-            f"没有名为 '{name}' 的任务{nearest(name, known)}；现有：{'、'.join(known)}；自己的任务用文件名表示，如 ./mine.py",
+            f"没有名为 '{name}' 的任务{nearest(name, known)}；现有：{'、'.join(known)}；"
+            "自己的任务用文件名表示，如 ./mine.py",
         )
     )
 

@@ -7,6 +7,7 @@ tensors and none a weight, for a small model on a CPU spends its time between th
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,12 +47,13 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon here is Nesterov momentum, then `orthogonalize`, then a step of lr·√max(1, R/C) (Jordan 2024), or of
     lr·0.2·√max(R, C) with ``match_rms``: the size of AdamW's steps, so that its learning rate serves for both (Liu et
     al. 2025, arXiv 2502.16982, section 2.2). A weight with an attribute ``muon_split = n`` is n matrices stacked by
-    rows, each orthogonalized alone.
+    rows, each orthogonalized alone. Groups with ``rowwise: True`` hold large tables: Adam moves the rows that the batch
+    looked up and no others, as torch's SparseAdam does.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "momentum": 0.95, "steps": 5, "match_rms": False,
-                    "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
+        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "rowwise": False, "momentum": 0.95, "steps": 5,
+                    "match_rms": False, "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
         super().__init__(groups, defaults)
         for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else ():
@@ -59,13 +61,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 if len(shape) != 2 or shape[0] % parts:
                     raise ValueError(f"Muon takes matrices of equal blocks, not {shape} in {parts}")
 
+    # torch wraps these four for its compiler, and the wrapper imports the whole of it (two seconds) at the first call. We
+    # compile models, never optimizers.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on every parameter that has a gradient."""
         for group in self.param_groups:
             live = [parameter for parameter in group["params"] if parameter.grad is not None]
             if live:
-                (self._muon if group["muon"] else self._adamw)(group, live)
+                (self._muon if group["muon"] else self._rows if group["rowwise"] else self._adamw)(group, live)
 
     def _muon(self, group: dict[str, Any], live: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -105,6 +114,33 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
+    def _rows(self, group: dict[str, Any], live: list[Tensor]) -> None:
+        (first, second), eps = group["betas"], group["eps"]
+        for parameter in live:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] += 1
+            rows, gradient = _touched(parameter)
+            average = state["exp_avg"][rows].lerp_(gradient, 1 - first)
+            square = state["exp_avg_sq"][rows].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            state["exp_avg"][rows], state["exp_avg_sq"][rows] = average, square
+            count = float(state["step"])
+            size = group["lr"] * math.sqrt(1 - second**count) / (1 - first**count)
+            parameter.index_add_(0, rows, average.div_(square.sqrt_().add_(eps)), alpha=-size)
+
+
+def _touched(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that have a gradient, (N,), and it, (N, …)."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        return gradient.indices()[0], gradient.values()
+    rows = gradient.flatten(1).any(1).nonzero().squeeze(1)
+    return rows, gradient[rows]
+
 
 def _split(parameter: Tensor) -> int:
     return int(getattr(parameter, "muon_split", 1)) or 1
@@ -127,18 +163,21 @@ def build(
 
     "muon": the matrices inside each `Trunk`, and any weight with ``muon_split``, go to Muon at `muon_lr` (None: at
     `lr`, with AdamW's step size); the rest to AdamW at `lr`. "adamw": everything goes to AdamW. Weights with fewer than
-    two axes never decay. Each group keeps its peak rate in ``base_lr``; `set_lr` scales it.
+    two axes never decay, nor do tables marked ``rowwise``. Each group keeps its peak rate in ``base_lr``; `set_lr`
+    scales it.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer: {optimizer!r}; known: muon, adamw")
     matrices = set(_matrices(model)) if optimizer == "muon" else set()
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    muon, decayed, plain = [], [], []
+    muon, decayed, plain, rowwise = [], [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if parameter in matrices:
             muon.append(parameter)
+        elif getattr(parameter, "rowwise", False):
+            rowwise.append(parameter)
         elif parameter.dim() >= 2 and (decay_embeddings or parameter not in tables):
             decayed.append(parameter)
         else:
@@ -149,6 +188,7 @@ def build(
          "momentum": momentum, "steps": steps, "match_rms": muon_lr is None},
         {"params": decayed, "weight_decay": weight_decay, **adam},
         {"params": plain, "weight_decay": 0.0, **adam},
+        {"params": rowwise, "rowwise": True, "weight_decay": 0.0, **adam},
     ]  # fmt: skip
     groups = [group for group in groups if group["params"]]
     for group in groups:
@@ -203,22 +243,32 @@ def clip(parameters: Iterable[Tensor], max_norm: float | None = None, scale: flo
     Returns the norm after scaling and before shrinking, a tensor (). `scale` is 1/count where gradients are of sums. A
     norm that is not finite leaves gradients that are not finite behind: see `first_bad`.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [_numbers(parameter) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale
     factor: Tensor | float = scale
     if max_norm:
-        factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # A norm that is no number must not spread to every gradient: `first_bad` still has to find the one at fault.
+        factor = torch.where(norm.isfinite(), scale * (max_norm / (norm + 1e-6)).clamp(max=1.0), scale)
     if not isinstance(factor, float) or factor != 1.0:
         torch._foreach_mul_(gradients, factor)
     return norm
 
 
+def _numbers(parameter: Tensor) -> Tensor:
+    """The gradient, or of a sparse one its values: the same memory, so that what is done to them is done to it."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()  # a row looked up twice counts once, by its sum
+    return parameter.grad.values()
+
+
 def first_bad(model: nn.Module) -> str | None:
     """The name of the first parameter whose gradient, or else whose value, is not finite; None where all are."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not _numbers(parameter).isfinite().all():
             return name
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
