@@ -61,7 +61,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 if len(shape) != 2 or shape[0] % parts:
                     raise ValueError(f"Muon takes matrices of equal blocks, not {shape} in {parts}")
 
-    # torch wraps these four for its compiler, and the wrapper imports the whole of it (two seconds) at the first call. We
+    # torch wraps these four for its compiler, and the wrapper imports all of it (two seconds) at the first call. We
     # compile models, never optimizers.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)

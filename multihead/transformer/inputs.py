@@ -15,7 +15,7 @@ from multihead.transformer.config import TransformerConfig
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """Sine and cosine positions (Vaswani et al. 2017, section 3.5): (length, d_model), even columns sine, odd cosine."""
+    """Positions of Vaswani et al. 2017, section 3.5: (length, d_model), even columns sine, odd columns cosine."""
     angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
     table = torch.zeros(length, d_model)
     table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()[:, : d_model // 2]
@@ -40,13 +40,18 @@ class TokenInput(nn.Module):
         self.max_length = config.max_length
         self.token = nn.Embedding(vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model) if config.positions == "learned" else None
-        self.register_buffer("sinusoids_TD", sinusoids(config.max_length, config.d_model) if self.classic else None, persistent=False)
+        table = sinusoids(config.max_length, config.d_model) if self.classic else None
+        self.register_buffer("sinusoids_TD", table, persistent=False)
         self.ngram = nn.Embedding(len(self.orders) * self.buckets, config.d_model) if self.orders else None
         self.dropout = nn.Dropout(config.dropout)
         std = config.d_model**-0.5
-        for table in (self.token, self.position, self.ngram):
-            if table is not None:
-                nn.init.normal_(table.weight, std=std)
+        nn.init.normal_(self.token.weight, std=std)
+        if self.position is not None:
+            nn.init.normal_(self.position.weight, std=std)
+        if self.ngram is not None:
+            # From zero, so that an n-gram never seen in training adds nothing rather than noise.
+            nn.init.zeros_(self.ngram.weight)
+            mark_rows(self.ngram)
 
     @property
     def memory(self) -> int:
@@ -63,7 +68,9 @@ class TokenInput(nn.Module):
         x_BTD = self.token(ids_BT)
         if self.ngram is not None:
             keys_BTG = ngram_hashes(ids_BT, before_BN, self.orders, self.buckets)
-            x_BTD = x_BTD + self.ngram(keys_BTG).sum(2)
+            # A batch looks up few rows. A sparse gradient holds only those; GPUs do better with a dense one.
+            sparse = self.ngram.weight.device.type == "cpu"
+            x_BTD = x_BTD + F.embedding(keys_BTG, self.ngram.weight, sparse=sparse).sum(2)
         x_BTD = x_BTD * self.scale
         T = ids_BT.shape[1]
         table = self.position.weight if self.position is not None else self.sinusoids_TD
@@ -81,10 +88,16 @@ def ngram_hashes(ids_BT: Tensor, before_BN: Tensor | None, orders: tuple[int, ..
     reach = max(orders) - 1
     padded = F.pad(ids_BT, (reach, 0), value=-1) if before_BN is None else torch.cat((before_BN, ids_BT), dim=1)
     T = ids_BT.shape[1]
-    keys, value = [], torch.zeros_like(ids_BT)
+    keys: list[Tensor] = []
+    value = torch.zeros_like(ids_BT)
     for back in range(reach + 1):
         value = value * 1_000_003 + padded[:, reach - back : reach - back + T] + 2
         if back + 1 in orders:
             mixed = value * 2_654_435_761
             keys.append(((mixed ^ (mixed >> 17)) & 0x7FFFFFFFFFFF) % buckets + len(keys) * buckets)
     return torch.stack(keys, dim=2)
+
+
+def mark_rows(table: nn.Embedding) -> None:
+    """Tell the optimizer to move only the rows of this table that a batch looked up."""
+    table.weight.rowwise = True  # type: ignore[attr-defined]
