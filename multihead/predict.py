@@ -203,15 +203,21 @@ def file_rows(run: Any, file: Path) -> FileRows:
         # The recipe's name for it is one more name it may have here: a new file need not look like the old one.
         inputs.append(replace(column, names=(theirs, *column.names)) if theirs else column)
     where = Path(file)
-    rows = open_rows(str(where), inputs, numbered, base=Path.cwd())
-    return FileRows(where, rows, inputs[0].name)
+    try:
+        return FileRows(where, open_rows(str(where), inputs, numbered, base=Path.cwd()), inputs[0].name)
+    except UserError:
+        if data.encoding is None:
+            raise
+    # Its content does not tell the encoding: then it is the one of the training files.
+    rows = open_rows(str(where), inputs, numbered, encoding=data.encoding, base=Path.cwd())
+    return FileRows(where, rows, inputs[0].name, data.encoding)
 
 
 class FileRows:
     """Rows of a table, or the lines of a text that are not blank; `rejected` after an iteration as in `Rows`."""
 
-    def __init__(self, path: Path, rows: Rows, column: str) -> None:
-        self.path, self.table, self.column = path, rows, column
+    def __init__(self, path: Path, rows: Rows, column: str, encoding: str | None = None) -> None:
+        self.path, self.table, self.column, self.encoding = path, rows, column, encoding
         self.text = all(about["format"] == "txt" for about in rows.guess["files"])
 
     @property
@@ -227,6 +233,6 @@ class FileRows:
             yield from self.table
             return
         for source in find_sources(str(self.path), Path.cwd())[0]:
-            for number, line in enumerate(read_lines(texts(source, None), source.name), 1):
+            for number, line in enumerate(read_lines(texts(source, self.encoding), source.name), 1):
                 if line.strip():
                     yield Row({self.column: line.rstrip("\n")}, where=f"{source.name}:{number}")
