@@ -13,7 +13,7 @@ from multihead.errors import Problem, UserError, nearest, tr
 
 CHUNK = 1 << 18
 # Text packs 3 to 20 times, deflate at most 1,032 times. Beyond this much output at this ratio it is a trap.
-BOMB_BYTES = 100 << 20
+BOMB_BYTES = 64 << 20
 BOMB_RATIO = 200
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -115,7 +115,8 @@ def _glob(path: Path, item: str) -> tuple[list[Source], list[str]]:
     try:
         found = [p for p in root.glob(str(Path(*parts[first:]))) if p.is_file()]
     except ValueError as error:
-        raise UserError(tr(f"this pattern cannot be used: {error}", f"这个通配符无法使用：{error}"), where=item) from None
+        raise UserError(tr(f"this pattern cannot be used: {error}", f"这个通配符无法使用：{error}"),
+                        where=item) from None
     names = sorted(p for p in found if not p.name.startswith("."))
     if not names:
         raise UserError(tr("no file matches this pattern", "没有文件与这个通配符匹配"), where=item)

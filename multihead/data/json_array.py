@@ -57,8 +57,7 @@ class _JsonFile:
                 yield from self._array()
             else:
                 self._value()
-            if self._peek() != "}":
-                self._take(",")
+            self._next("}")
         self._take("}")
         if not array:
             raise self._error(tr("this JSON object holds no array of objects; rows are [{...}, {...}], or one object "
@@ -70,8 +69,7 @@ class _JsonFile:
             line = self._line
             value, _ = self._value()
             yield Record(line, value) if isinstance(value, dict) else Record(line, {}, not_object(value))
-            if self._peek() != "]":
-                self._take(",")
+            self._next("]")
         self._take("]")
 
     def _opens_rows(self) -> bool:
@@ -118,6 +116,13 @@ class _JsonFile:
         if found != wanted:
             self._fail(f"'{wanted}'", found)
         self._move(1)
+
+    def _next(self, end: str) -> None:
+        """Go on to the next member, or stay before `end`."""
+        if self._peek() != end:
+            self._take(",")
+            if self._peek() == end:
+                self._fail(tr("a value after the comma", "逗号后的值"), end)
 
     def _fail(self, wanted: str, found: str) -> None:
         shown = repr(found) if found else tr("the end of the file", "文件结尾")

@@ -254,8 +254,10 @@ class Store(Sequence[dict[str, np.ndarray]]):
         if size != expected:
             raise self._broken(tr(f"{name} has {size} bytes, the index says {expected}",
                                   f"{name} 有 {size} 字节，索引记录的是 {expected}"))
-        if expected == 0:
-            return np.zeros(shape, dtype=dtype)
+        if expected == 0:  # nothing to map
+            blank = np.zeros(shape, dtype=dtype)
+            blank.flags.writeable = False
+            return blank
         # A plain view: slicing np.memmap itself builds a subclass instance each time, several times slower.
         return np.memmap(path, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
 
@@ -285,7 +287,7 @@ class Store(Sequence[dict[str, np.ndarray]]):
         example = {}
         for key, values in self._values.items():
             offsets = self._offsets[key]
-            example[key] = values[offsets[i]:offsets[i + 1]] if offsets is not None else np.asarray(values[i])
+            example[key] = values[offsets[i]:offsets[i + 1]] if offsets is not None else values[i:i + 1].reshape(())
         return example
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
