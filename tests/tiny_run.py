@@ -112,7 +112,7 @@ def make_run(folder: Path, parts: dict[str, list[Row]], task: Task | None = None
     run_folder.write_json("data/report.json", report)
     run_folder.write_atomic(RECIPE, "task: parity\nname: </pre><script>\n")
     run_folder.write_atomic(WEIGHTS, b"weights")
-    log = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 50)]
+    log: list[dict[str, Any]] = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 50)]
     log += [{"step": step, "valid": {"loss": 0.5, "accuracy": step / 50}} for step in (10, 20, 30)]
     run_folder.write_atomic("log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     recipe = SimpleNamespace(
