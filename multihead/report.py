@@ -21,7 +21,7 @@ from multihead.runtime.log import read_log
 POINTS = 400  # of one curve: more than a screen has columns to show them in
 LABELS = 40  # of one confusion matrix: beyond, cells are too small to read and the list of pairs says more
 CLASSES = 200  # rows of the table of classes
-UNBOUNDED = ("loss", "perplexity", "bits_per_byte")  # small ones lie below 1 and are no shares all the same
+UNBOUNDED = ("loss", "log_loss", "perplexity", "bits_per_byte")  # small ones lie below 1 and are no shares all the same
 NAMES: dict[str, Pair] = {
     "loss": ("loss", "损失"),
     "accuracy": ("accuracy", "准确率"),
@@ -31,6 +31,7 @@ NAMES: dict[str, Pair] = {
     "precision": ("precision", "精确率"),
     "recall": ("recall", "召回率"),
     "calibration_error": ("calibration error", "校准误差"),
+    "log_loss": ("log loss", "对数损失"),
     "perplexity": ("perplexity", "困惑度"),
     "bits_per_byte": ("bits per byte", "每字节比特数"),
     "token_accuracy": ("next token right", "下一词元准确率"),
