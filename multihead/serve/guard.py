@@ -117,7 +117,7 @@ class Guard:
         path = scope["path"]
         if path in OPEN:
             return
-        key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("utf-8", "replace")
+        key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1")
         known = self.known(key)
         self._rate(scope, key if known else b"")
         if self.keys and not known:

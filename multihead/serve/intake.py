@@ -53,6 +53,12 @@ def _number(text: str) -> float:
     return value
 
 
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(text)
+    return int(text)
+
+
 def _constant(text: str) -> float:
     raise ValueError(text)
 
@@ -64,7 +70,7 @@ def read_json(raw: bytes) -> Any:
         ApiError: 422.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), parse_float=_number, parse_constant=_constant)
+        value = json.loads(raw.decode("utf-8"), parse_float=_number, parse_int=_integer, parse_constant=_constant)
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value

@@ -135,6 +135,8 @@ async def events(form: Form, texts: Texts, usage: bool) -> AsyncIterator[bytes]:
             yield event(error.body())
             return
         yield event(form.chunk(index, piece) | extra)
+        # Where pieces are ready faster than they are sent, nothing else waits, and a disconnect would go unheard.
+        await asyncio.sleep(0)
     if usage:
         yield event(form.head() | {"choices": [], "usage": form.usage()})
     yield b"data: [DONE]\n\n"

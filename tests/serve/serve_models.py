@@ -1,0 +1,95 @@
+"""Small untrained models to serve: one that writes texts, one that gives labels. Run as a script, it serves them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from multihead.codec.text import TextCodec
+from multihead.data.rows import Column
+from multihead.errors import UserError
+from multihead.serve.app import Served, ServeSettings, create_app, run
+from multihead.task import Answer, Batch, Example, Task
+from multihead.tasks.language.text_generation import LanguageModel, TextGeneration
+from multihead.transformer.config import TransformerConfig
+
+LINES = [
+    "The room was clean and the staff were kind.",
+    "房间很干净，服务员也很热情，下次还会再来。",
+    "早餐一般，位置不错，离地铁站很近。",
+]
+LABELS = ("bad", "good", "<b>so so</b>")
+
+
+class Mood(Task):
+    """The mean of the characters' vectors, as three scores."""
+
+    field = "language"
+    title = ("mood of a review", "评论的情绪")
+    columns = (
+        Column("text", "text", identity=True),
+        Column("stars", "number", required=False, identity=True),
+        Column("label", "label"),
+    )
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        if row["text"] == "unreadable":
+            raise UserError("this text is unreadable")
+        if row["text"] == "crash":
+            raise ZeroDivisionError("secret detail")
+        points = np.array([ord(c) % 500 + 1 for c in row["text"]], dtype=np.int64)
+        return {"ids": points, "stars": np.array(row.get("stars", 0), dtype=np.float32)}
+
+    def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
+        if (batch["ids"] == ord("☠") % 500 + 1).any():
+            raise RuntimeError("secret detail")
+        scores = model(batch["ids"]).softmax(-1)
+        return [
+            {"label": LABELS[int(row.argmax())], "scores": dict(zip(LABELS, row.tolist(), strict=True))}
+            for row in scores
+        ]
+
+
+class Mean(nn.Module):
+    """ids (B, T), 0 for padding → logits (B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(501, 3)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        real_BT1 = (ids_BT > 0)[..., None]
+        return (self.table(ids_BT) * real_BT1).sum(1) / real_BT1.sum(1).clamp(min=1)
+
+
+def writer(max_length: int = 1024) -> tuple[TextGeneration, LanguageModel]:
+    """A language model of random weights."""
+    task = TextGeneration()
+    task.codec = TextCodec.fit(LINES * 3, vocab_size=320)
+    torch.manual_seed(0)
+    config = TransformerConfig(d_model=32, num_layers=2, num_heads=2, max_length=max_length)
+    return task, LanguageModel(config, task.codec.vocab_size).eval()
+
+
+def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) -> list[Served]:
+    """The models called `names`."""
+    torch.manual_seed(1)
+    known = {
+        "writer": lambda: Served("writer", *writer(max_length), examples=LINES[:1]),
+        "mood": lambda: Served("mood", Mood(), Mean().eval(), examples=[LINES[1], "<img src=x onerror=alert(1)>"]),
+    }
+    return [known[name]() for name in names]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    settings = ServeSettings(**json.loads(sys.argv[2]))
+    run(create_app(served(), settings), port=0, started=lambda address: print(address, flush=True))
+    Path(sys.argv[1]).write_text("returned")
