@@ -262,12 +262,13 @@ def _held_out(run: Any, part: str | None) -> tuple[Store, dict[str, Any]]:
 def _intervals(
     task: Task, replies: list[Answer], rows: list[dict[str, Any]], settings: Any, seed: int
 ) -> dict[str, Any]:
+    found: dict[str, tuple[float, float | None, float | None]] = {}
     if settings.bootstrap:
         from multihead.metrics.intervals import bootstrap
 
-        found = bootstrap(task.score, replies, rows, settings.bootstrap, settings.confidence, seed)
+        found.update(bootstrap(task.score, replies, rows, settings.bootstrap, settings.confidence, seed))
     else:
-        found = {name: (value, None, None) for name, value in numbers(task.score(replies, rows)).items()}
+        found.update({name: (value, None, None) for name, value in numbers(task.score(replies, rows)).items()})
     return {
         name: dict(zip(("value", "low", "high"), map(_finite, three), strict=True)) for name, three in found.items()
     }
