@@ -1,0 +1,269 @@
+"""text-classification: give each text a label (its sentiment, its topic, any label), or several.
+
+A Transformer that looks both ways over characters or BPE tokens, and one vector a text pooled from all positions. A
+long text keeps its head and its tail, which hold most of what it says (Sun et al. 2019, "How to Fine-Tune BERT for
+Text Classification", section 5.3.1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from multihead import task as base
+from multihead.codec.text import LabelCodec, TextCodec
+from multihead.data.rows import LABEL_NAMES, TEXT_NAMES, Column
+from multihead.data.store import Store
+from multihead.errors import UserError, tr
+from multihead.metrics import text as metrics
+from multihead.run import write_json
+from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.transformer.config import TransformerConfig
+from multihead.transformer.heads import PoolHead
+from multihead.transformer.inputs import TokenInput
+from multihead.transformer.trunk import Trunk
+
+BINS = 15
+MISTAKES = 30
+
+
+class Classifier(nn.Module):
+    """Texts → logits over classes. ids (B, T), padded on the right, of lengths (B,) → (B, C)."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.input = TokenInput(config, vocab_size)
+        self.trunk = Trunk(config)
+        self.head = PoolHead(config.d_model, classes, "attention", dropout)
+
+    def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
+        # No mask where nothing is padded, which is faster and, for one text alone, always so.
+        mask_BT = None if bool(real_BT.all()) else real_BT
+        return self.head(self.trunk(self.input(ids_BT), mask=mask_BT), mask_BT)
+
+
+class TextClassification(Task):
+    """Labels for texts: one a text, or with ``options.multiple`` any number."""
+
+    field = "language"
+    title = ("label a text: sentiment, topic, any labels of your own", "给文本打标签：情感、主题或自定义标签")
+    columns = (
+        Column("text", "text", names=TEXT_NAMES, identity=True),
+        Column("label", "label", names=LABEL_NAMES),
+    )
+    metric = ("macro_f1", "max")
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "model": {"d_model": 96, "num_layers": 2, "num_heads": 3, "ngrams": [2, 3], "ngram_buckets": 32768},
+        "train": {"batch_size": 64, "ema": 0.99},
+    }
+
+    class Options(base.Options):
+        multiple: bool = False
+        """Several labels a text: a list in JSON, or separated by ; | , 、 in a table.
+        每条文本可有多个标签：JSON 中为列表，表格中用 ; | , 、 分隔。"""
+        tokenizer: Literal["char", "bpe"] = "char"
+        """char: one token a character. bpe: pieces of words, shorter for languages with an alphabet.
+        char：每个字符一个词元；bpe：词的片段，适合拼音文字。"""
+        vocab_size: int = Field(8000, ge=260)
+        """Most tokens; rarer characters count as unknown.
+        词元数上限；更罕见的字符视为未知。"""
+        max_tokens: int = Field(256, ge=2)
+        """Of a longer text, the first and the last tokens are read, half of each.
+        更长的文本只读开头和结尾，各占一半。"""
+        word_dropout: float = Field(0.1, ge=0, lt=1)
+        """Share of tokens hidden in training, against overfitting.
+        训练时随机遮住的词元比例，防止过拟合。"""
+        head_dropout: float = Field(0.3, ge=0, lt=1)
+        """Share of the pooled vector set to zero in training.
+        训练时池化向量随机置零的比例。"""
+        label_smoothing: float = Field(0.1, ge=0, lt=1)
+        """Share of certainty taken from the true label, for labels that are sometimes wrong.
+        从正确标签上拿走的确定性比例，适合标注有误差的数据。"""
+        class_weights: Literal["none", "balanced"] = "none"
+        """balanced: rare labels count more, each label as much as any other.
+        balanced：罕见标签权重更大，各标签总权重相同。"""
+        threshold: float = Field(0.5, gt=0, lt=1)
+        """With `multiple`: the probability from which a label is given.
+        multiple 时，概率达到多少就给出该标签。"""
+
+    codec: TextCodec
+    labels: LabelCodec
+    counts: list[int]
+    """Training rows that have each label, then all rows."""
+
+    def __init__(self, options: Any = None, seed: int = 0) -> None:
+        super().__init__(options, seed)
+        if self.options.multiple:
+            several = Column("label", "labels", names=LABEL_NAMES)
+            self.columns = (self.columns[0], several)  # type: ignore[misc]
+
+    def fit(self, rows: Iterable[dict[str, Any]]) -> None:
+        options, counts, total = self.options, Counter[str](), 0
+        for row in rows:
+            total += 1
+            counts.update(row["label"] if options.multiple else [row["label"]])
+        self.labels = LabelCodec.fit(counts)
+        if len(self.labels) < 2 and not options.multiple:
+            only = self.labels.names[0]
+            raise UserError(tr(f"all rows have the same label, '{only}'; there is nothing to tell apart. "
+                               "Is this the right column? data.columns.label names another",
+                               f"所有行的标签都是 '{only}'，没有可区分的类别。"
+                               "列选对了吗？可用 data.columns.label 指定另一列"))
+        self.counts = [*(counts[name] for name in self.labels.names), total]
+        self.codec = TextCodec.fit((row["text"] for row in rows), options.tokenizer, options.vocab_size)
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        ids, most = self.codec.encode(row["text"]), self.options.max_tokens
+        if len(ids) > most:
+            ids = np.concatenate((ids[: most - most // 2], ids[len(ids) - most // 2 :]))
+        example = {"ids": ids if len(ids) else np.array([self.codec.unk], dtype=ids.dtype)}
+        if row.get("label") is not None:
+            example["label"] = self._target(row["label"])
+        return example
+
+    def _target(self, label: Any) -> np.ndarray:
+        if not self.options.multiple:
+            return np.array(self.labels.encode(label), dtype=np.int64)
+        target = np.zeros(len(self.labels), dtype=np.uint8)
+        target[[self.labels.encode(name) for name in label]] = 1
+        return target
+
+    def describe(self, store: Store) -> dict[str, Any]:
+        held = store.stream("label")
+        size = len(self.labels)
+        counts = held.reshape(-1, size).sum(0) if self.options.multiple else np.bincount(held, minlength=size)
+        return {"classes": dict(zip(self.labels.names, counts.tolist(), strict=True))}
+
+    def save(self, folder: Path) -> None:
+        self.codec.save(folder)
+        self.labels.save(folder)
+        write_json(folder / "counts.json", self.counts)
+
+    def load(self, folder: Path) -> None:
+        self.codec, self.labels = TextCodec.load(folder), LabelCodec.load(folder)
+        self.counts = json.loads((folder / "counts.json").read_text("utf-8"))
+
+    def model(self, config: TransformerConfig) -> Classifier:
+        most, limit = self.options.max_tokens, config.max_length
+        if limit < most:
+            raise UserError(tr(f"options.max_tokens is {most}, beyond model.max_length {limit}",
+                               f"options.max_tokens 是 {most}，超过了 model.max_length {limit}"))
+        return Classifier(config, self.codec.vocab_size, len(self.labels), self.options.head_dropout)
+
+    def length(self, store: Store) -> np.ndarray:
+        return store.lengths("ids")
+
+    def augment(self, example: Example, rng: np.random.Generator) -> Example:
+        """Hide some tokens, so that no single word may decide (Iyyer et al. 2015, section 3.2, "word dropout")."""
+        share = self.options.word_dropout
+        if not share:
+            return example
+        ids = np.where(rng.random(len(example["ids"])) < share, self.codec.unk, example["ids"])
+        return {**example, "ids": ids}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        logits_BC = model(batch["ids"].long(), batch["ids_lengths"]).float()
+        weight_C = self._weights(logits_BC.device)
+        smooth = self.options.label_smoothing if model.training else 0.0
+        if not self.options.multiple:
+            target_B = batch["label"]
+            total = F.cross_entropy(logits_BC, target_B, weight_C, reduction="sum", label_smoothing=smooth)
+            return Loss(total, len(target_B))
+        target_BC = batch["label"].to(logits_BC.dtype) * (1 - smooth) + smooth / 2
+        total = F.binary_cross_entropy_with_logits(logits_BC, target_BC, reduction="sum", pos_weight=weight_C)
+        return Loss(total / logits_BC.shape[1], len(target_BC))
+
+    def _weights(self, device: torch.device) -> Tensor | None:
+        """Balanced: of one label, so that a row weighs 1 on average; of several, what a label's presence weighs."""
+        if self.options.class_weights == "none":
+            return None
+        rows_C, total = torch.tensor(self.counts[:-1], dtype=torch.float32, device=device), self.counts[-1]
+        return (total - rows_C).clamp(min=1) / rows_C if self.options.multiple else total / (len(rows_C) * rows_C)
+
+    def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
+        """``{"label", "scores": {label: probability, likeliest first}}``; with `multiple`, ``labels`` is a list."""
+        logits_BC = model(batch["ids"].long(), batch["ids_lengths"]).double()
+        names = self.labels.names
+        likely_BC = logits_BC.sigmoid() if self.options.multiple else logits_BC.softmax(-1)
+        answers: list[Answer] = []
+        for row in likely_BC.cpu().numpy():
+            order = np.argsort(-row, kind="stable")
+            scores = {names[i]: float(f"{row[i]:.6g}") for i in order}
+            if self.options.multiple:
+                given = [name for name, p in scores.items() if p >= self.options.threshold]
+                answers.append({"labels": given, "scores": scores})
+            else:
+                answers.append({"label": names[order[0]], "scores": scores})
+        return answers
+
+    def score(
+        self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]], weights: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Accuracy, macro F1, calibration error, log loss; with `multiple` micro and macro F1, exact match, log loss.
+
+        Args:
+            weights: (R, n), see `metrics.intervals.bootstrap`; figures are then arrays (R,).
+        """
+        if self.options.multiple:
+            target, guess, likely = self._several(answers, rows)
+            hits = metrics.label_hits(target, guess, weights)
+            return {
+                "micro_f1": metrics.micro_f1(*hits),
+                "macro_f1": metrics.macro_f1(*hits),
+                "exact_match": metrics.exact_match(target, guess, weights),
+                "log_loss": metrics.binary_log_loss(likely, target, weights),
+            }
+        target, guess, sure, likely = self._single(answers, rows)
+        return {
+            "accuracy": metrics.accuracy(target, guess, weights),
+            "macro_f1": metrics.macro_f1(*metrics.hits(target, guess, len(self.labels), weights)),
+            "calibration_error": metrics.calibration_error(sure, target == guess, weights, BINS),
+            "log_loss": metrics.log_loss(likely, weights),
+        }
+
+    def _single(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, ...]:
+        """True and guessed class, probability of the guess and of the truth: each (n,)."""
+        target = np.array([self.labels.encode(row["label"]) for row in rows], dtype=np.int64)
+        guess = np.array([self.labels.encode(a["label"]) for a in answers], dtype=np.int64)
+        sure = np.array([a["scores"][a["label"]] for a in answers])
+        likely = np.array([a["scores"][str(row["label"])] for a, row in zip(answers, rows, strict=True)])
+        return target, guess, sure, likely
+
+    def _several(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, ...]:
+        """True labels, given labels (bool) and probabilities: each (n, C)."""
+        target = np.stack([self._target(row["label"]) for row in rows]).astype(bool)
+        guess = np.stack([self._target(a["labels"]) for a in answers]).astype(bool)
+        likely = np.array([[a["scores"][name] for name in self.labels.names] for a in answers])
+        return target, guess, likely
+
+    def figures(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Confusion matrix and calibration (one label), figures of each class, and the surest mistakes."""
+        names, found = self.labels.names, dict[str, Any]()
+        if self.options.multiple:
+            target, guess, likely = self._several(answers, rows)
+            hits = metrics.label_hits(target, guess)
+            wrong = np.where(target == guess, 0.0, np.abs(likely - target)).max(1)
+        else:
+            target, guess, sure, _ = self._single(answers, rows)
+            hits = metrics.hits(target, guess, len(names))
+            wrong = np.where(target == guess, 0.0, sure)
+            found["confusion"] = {"labels": names, "matrix": metrics.confusion(target, guess, len(names)).tolist()}
+            found["calibration"] = metrics.reliability(sure, target == guess, BINS)
+        found["classes"] = metrics.class_table(names, *hits)
+        key = "labels" if self.options.multiple else "label"
+        found["mistakes"] = [
+            {"text": rows[i]["text"], "truth": rows[i]["label"], "answer": answers[i][key], "score": float(wrong[i]),
+             "where": getattr(rows[i], "where", "")}
+            for i in np.argsort(-wrong, kind="stable")[:MISTAKES] if wrong[i] > 0
+        ]  # fmt: skip
+        return found
