@@ -168,7 +168,7 @@ def strike(pid: int, run: Path, draw: random.Random, whole: float, save: float) 
     """Kills the attempt at a moment of chance; its exit status where it ended by itself before that, else None."""
     start = time.perf_counter()
     aimed = draw.random() < 0.5
-    moment = start + draw.random() * whole
+    moment = start + whole * draw.random() ** 2  # squared: more early ones, so that a run is killed several times
     while time.perf_counter() < moment or (aimed and not saving(run)):
         if (code := ended(pid)) is not None:
             return code
