@@ -1,7 +1,7 @@
 """Keys and values of the tokens already read, so that the next token costs one step and not a whole pass.
 
 Legend: L layers, B rows, R rows that there is room for, H heads, K key/value heads, T new positions, S cached
-positions, E head width, N ids that n-grams reach back to.
+positions, C positions that there is room for, E head width, N ids that n-grams reach back to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Step:
     """Where the T new positions of one call go, worked out once and used by every layer."""
 
     positions_BT: Tensor
-    """Absolute position of each new token."""
+    """Absolute position of each new token: (B, T), or (1, T) where all rows are equally long."""
     start: int | None
     """Common length of all rows before this call, or None where rows differ."""
     end: int
@@ -27,8 +27,8 @@ class Step:
     """True where a query may look; None where no mask is needed (or plain causal order within an empty cache)."""
     causal: bool
     """True where the new tokens only see each other, in order: the prefill of an empty cache."""
-    kv_L2BKSE: Tensor
-    """Keys and values of all layers, the room for the new ones included."""
+    kv_L2BKCE: Tensor
+    """Keys and values of all layers, over the whole room C for positions."""
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Cache:
     The trunk writes keys and values; only the caller moves `lengths` on, by ``advance``. Prompts are padded on the
     right: what lies behind a row's length is never looked at and is overwritten by its next tokens. All layers' keys
     and values are one tensor with room to spare in rows and positions, so that a row joins or leaves by one copy of
-    that row.
+    its own past. A cache belongs to the model that began it.
     """
 
     num_layers: int
     lengths: list[int]
-    kv_L2RKSE: Tensor | None = None
+    kv_L2RKCE: Tensor | None = None
     cross: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     """Keys and values of the encoder's memory, per layer, each (B, K, S, E) (encoder–decoder models)."""
     memory_mask_BS: Tensor | None = None
@@ -61,39 +61,39 @@ class Cache:
         """Places for `T` new tokens a row, behind what each row holds; keys and values of `like`'s dtype and device."""
         shortest, longest = min(self.lengths), max(self.lengths)
         end, device = longest + T, like.device
-        kv_L2BKSE = self._room(end, like, kv_heads, head_size)[:, :, : self.rows, :, :end]
+        kv_L2BKCE = self._room(end, like, kv_heads, head_size)[:, :, : self.rows]
         steps_T = torch.arange(longest, end, device=device)
         if shortest == longest:
             mask = None
             if longest and T > 1:
                 mask = (torch.arange(end, device=device) <= steps_T[:, None])[None]
-            return Step(steps_T[None], longest, end, mask, longest == 0 and T > 1, kv_L2BKSE)
+            return Step(steps_T[None], longest, end, mask, longest == 0 and T > 1, kv_L2BKCE)
         positions_BT = torch.tensor(self.lengths, device=device)[:, None] + (steps_T - longest)
         mask = torch.arange(end, device=device) <= positions_BT[:, :, None]
-        return Step(positions_BT, None, end, mask, False, kv_L2BKSE)
+        return Step(positions_BT, None, end, mask, False, kv_L2BKCE)
 
     def write(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of `layer`; returns all that may be looked at, each (B, K, S, E)."""
-        k_BKSE, v_BKSE = step.kv_L2BKSE[layer, 0], step.kv_L2BKSE[layer, 1]
+        k_BKCE, v_BKCE = step.kv_L2BKCE[layer, 0], step.kv_L2BKCE[layer, 1]
         if step.start is not None:
-            k_BKSE[:, :, step.start :] = k_BKTE
-            v_BKSE[:, :, step.start :] = v_BKTE
+            k_BKCE[:, :, step.start : step.end] = k_BKTE
+            v_BKCE[:, :, step.start : step.end] = v_BKTE
         else:
-            rows_B1 = torch.arange(self.rows, device=k_BKSE.device)[:, None]
-            k_BKSE[rows_B1, :, step.positions_BT] = k_BKTE.transpose(1, 2).to(k_BKSE.dtype)
-            v_BKSE[rows_B1, :, step.positions_BT] = v_BKTE.transpose(1, 2).to(v_BKSE.dtype)
-        return k_BKSE, v_BKSE
+            rows_B1 = torch.arange(self.rows, device=k_BKCE.device)[:, None]
+            k_BKCE[rows_B1, :, step.positions_BT] = k_BKTE.transpose(1, 2).to(k_BKCE.dtype)
+            v_BKCE[rows_B1, :, step.positions_BT] = v_BKTE.transpose(1, 2).to(v_BKCE.dtype)
+        return k_BKCE[:, :, : step.end], v_BKCE[:, :, : step.end]
 
     def _room(self, end: int, like: Tensor, kv_heads: int, head_size: int) -> Tensor:
-        """The tensor of keys and values, grown where `rows` or `end` outgrow it (doubling, so a token costs O(1))."""
-        kv = self.kv_L2RKSE
+        """The tensor of keys and values, grown where `end` outgrows it: by an eighth at least, so that a token costs
+        O(1) copies, and no more than that, since a step may read the whole room."""
+        kv, room = self.kv_L2RKCE, -(-(end + end // 8) // 64) * 64
         if kv is None:
-            capacity = max(64, 1 << (end - 1).bit_length())
             # Zeros, not empty memory: a masked position still enters the product, and 0 · NaN is NaN.
-            kv = like.new_zeros(self.num_layers, 2, self.rows, kv_heads, capacity, head_size)
+            kv = like.new_zeros(self.num_layers, 2, self.rows, kv_heads, room, head_size)
         elif kv.shape[4] < end:
-            kv = _grown(kv, kv.shape[2], 1 << (end - 1).bit_length())
-        self.kv_L2RKSE = kv
+            kv = _grown(kv, kv.shape[2], room)
+        self.kv_L2RKCE = kv
         return kv
 
     def advance(self, by: int | Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class Cache:
     def select(self, index: Sequence[int] | Tensor) -> Cache:
         """The rows at `index`, in that order, repeats allowed (beams, several samples): a new cache."""
         chosen = index.tolist() if isinstance(index, Tensor) else list(index)
-        kv = self.kv_L2RKSE
+        kv = self.kv_L2RKCE
         at = torch.tensor(chosen, dtype=torch.long, device=kv.device if kv is not None else None)
         return Cache(
             self.num_layers,
@@ -120,9 +120,9 @@ class Cache:
         last = self.rows - 1
         if row < last:
             self.lengths[row] = self.lengths[last]
-            if self.kv_L2RKSE is not None:
+            if self.kv_L2RKCE is not None:
                 past = self.lengths[last]
-                self.kv_L2RKSE[:, :, row, :, :past] = self.kv_L2RKSE[:, :, last, :, :past]
+                self.kv_L2RKCE[:, :, row, :, :past] = self.kv_L2RKCE[:, :, last, :, :past]
         self.lengths.pop()
 
         def without(tensor: Tensor | None) -> Tensor | None:
@@ -139,7 +139,7 @@ class Cache:
         Room for rows doubles when it runs out, so that a joining row costs a copy of its own past. Memories of other
         lengths are padded to the longest and masked.
         """
-        mine, theirs, rows, total = self.kv_L2RKSE, other.kv_L2RKSE, self.rows, self.rows + other.rows
+        mine, theirs, rows, total = self.kv_L2RKCE, other.kv_L2RKCE, self.rows, self.rows + other.rows
         if theirs is not None:
             mine = theirs[:, :, :0] if mine is None else mine
             room = mine.shape[2] if mine.shape[2] >= total else max(total, 2 * mine.shape[2])
@@ -147,7 +147,7 @@ class Cache:
                 mine = _grown(mine, room, max(mine.shape[4], theirs.shape[4]))
             past = max(other.lengths)
             mine[:, :, rows:total, :, :past] = theirs[:, :, : other.rows, :, :past]
-            self.kv_L2RKSE = mine
+            self.kv_L2RKCE = mine
         self.memory_mask_BS = _joined(self._memory_mask(other), other._memory_mask(self), 1)
         self.cross = [
             b if a is None else a if b is None else (_joined(a[0], b[0], 2), _joined(a[1], b[1], 2))  # type: ignore[misc]
@@ -178,7 +178,7 @@ def _joined(a: Tensor | None, b: Tensor | None, axis: int) -> Tensor | None:
 
 def _grown(kv: Tensor, rows: int, positions: int) -> Tensor:
     """The same keys and values with room for more rows and positions."""
-    L, two, R, K, S, E = kv.shape
+    L, two, R, K, C, E = kv.shape
     grown = kv.new_zeros(L, two, rows, K, positions, E)
-    grown[:, :, :R, :, :S] = kv
+    grown[:, :, :R, :, :C] = kv
     return grown
