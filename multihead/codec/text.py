@@ -25,7 +25,9 @@ SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 BPE_FILE = "tokenizer.json"
 CHAR_FILE = "vocab.json"
 LABELS_FILE = "labels.json"
-FIT_CHARACTERS = 16_000_000  # BPE is fitted on at most so many characters, spread evenly over the texts
+# BPE is fitted on at most so many characters for each entry of the vocabulary, spread evenly over the texts. Chinese,
+# which has no blanks, costs about 300 bytes of memory and 2.5 microseconds a character.
+FIT_CHARACTERS = 250
 _PIECE = 4096
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -217,7 +219,7 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, special: Sequence[str], no
         vocab_size=vocab_size, min_frequency=2, special_tokens=list(special), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_sample(texts, FIT_CHARACTERS), trainer=trainer)
+    tokenizer.train_from_iterator(_sample(texts, FIT_CHARACTERS * vocab_size), trainer=trainer)
     return tokenizer
 
 
