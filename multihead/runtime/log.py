@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -64,7 +65,8 @@ class Log:
                     self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed; what a full disk refused was said then
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

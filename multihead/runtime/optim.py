@@ -56,6 +56,8 @@ class MuonAdamW(torch.optim.Optimizer):
                     "match_rms": False, "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
         super().__init__(groups, defaults)
         for group in self.param_groups:
+            # Read by torch's load_state_dict: a fused kernel wants its step count on the weights' device.
+            group["fused"] = not (group["muon"] or group["rowwise"])
             for parameter in group["params"] if group["muon"] else ():
                 shape, parts = tuple(parameter.shape), _split(parameter)
                 if len(shape) != 2 or shape[0] % parts:

@@ -33,6 +33,12 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
         assert path.read_bytes() == b""  # from the start again
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_full_disk_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="no space left on the disk while writing"), Log("/dev/full") as log:
+        log.write(1, loss=0.5)
+
+
 def test_log_of_garbage_and_of_nothing(tmp_path: Path) -> None:
     assert list(read_log(tmp_path / "none")) == []
     (tmp_path / "log").write_bytes(b'\x00\x00\x00\n[1]\n{"step": 1}\n{"step": 2}')
