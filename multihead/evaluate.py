@@ -362,7 +362,7 @@ def _write(
 
 def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of ``predictions.jsonl``: a row's place, its input and target columns, and the answer to it."""
-    inputs = [c.name for c in input_columns(task)]
+    inputs = [c.name for c in task.inputs()]
     targets = [c.name for c in task.columns if c.name not in inputs]
     for reply, row in zip(replies, rows, strict=True):
         line: dict[str, Any] = {}
@@ -371,11 +371,6 @@ def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mappi
             line["input"] = {name: row[name] for name in inputs if name in row}
             line["target"] = {name: row[name] for name in targets if name in row}
         yield json.dumps(plain(line | {"answer": reply}), ensure_ascii=False)
-
-
-def input_columns(task: Task) -> list[Any]:
-    """The columns an answer is made from: those that make a row itself, else the first."""
-    return [c for c in task.columns if c.identity] or list(task.columns[:1])
 
 
 def plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from multihead.data.files import find_sources
 from multihead.data.formats import texts
 from multihead.data.rows import Row, Rows, open_rows
 from multihead.errors import Problem, UserError, nearest, tr
-from multihead.evaluate import answers, input_columns, plain, ticking
+from multihead.evaluate import answers, plain, ticking
 from multihead.run import replacing
 from multihead.task import Answer, Example, Task
 
@@ -77,7 +77,7 @@ def encode(task: Task, body: Any, where: str = "") -> Example:
     """
     try:
         row = Row(_requested(task, body), where)
-        inputs = input_columns(task)
+        inputs = task.inputs()
         faults = []
         for column in inputs:
             value, fault = _formed(task, column, row)
@@ -196,7 +196,7 @@ def file_rows(run: Any, file: Path) -> FileRows:
     """The rows of one file with the columns the task's answers are made from; read anew at each iteration."""
     data = run.recipe.data
     inputs, numbered = [], {}
-    for column in input_columns(run.task):
+    for column in run.task.inputs():
         theirs = data.columns.get(column.name, "")
         if theirs.isdigit():
             numbered[column.name] = theirs

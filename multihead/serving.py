@@ -22,8 +22,7 @@ def serve_runs(
         UserError: a run that is not there or not trained, two of one name, or the extra [serve] is not installed.
     """
     try:
-        from multihead.serve.app import create_app, run
-        from multihead.serve.served import Served
+        from multihead.serve.app import Served, create_app, run
     except ImportError as error:
         raise UserError(
             tr(

@@ -56,7 +56,7 @@ class Task:
     title: ClassVar[tuple[str, str]] = ("", "")
     """What it does, in English and Chinese, for ``multihead tasks``."""
     columns: ClassVar[tuple[Column, ...]] = ()
-    """What a row holds; the columns marked ``identity`` say which rows are duplicates of each other."""
+    """What a row holds; those marked ``target`` are learned, the others are inputs."""
     Options: ClassVar[type[Options]] = Options
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     """Values this task prefers in the sections ``data``, ``model``, ``train``; the recipe overrides them."""
@@ -70,6 +70,10 @@ class Task:
     def __init__(self, options: Any = None, seed: int = 0) -> None:
         self.options: Any = options if options is not None else self.Options()
         self.seed = seed
+
+    def inputs(self) -> list[Column]:
+        """The columns an answer is made from."""
+        return [column for column in self.columns if not column.target]
 
     # -- prepare ------------------------------------------------------------------------------------------------------
 

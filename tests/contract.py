@@ -123,14 +123,15 @@ class Contract:
         whole = self._trainer(recipe_path, tmp_path / "a", "model.dropout=0")
         parts = self._trainer(recipe_path, tmp_path / "b", "model.dropout=0", "train.micro_batch=2")
         for name, trainer in (("whole", whole), ("parts", parts)):
+            trainer.model.eval()  # no dropout: its noise may differ, the sums may not
             loss = trainer._update(0)[0]
             assert np.isfinite(loss), name
-        assert whole._update(1)[0] == pytest.approx(parts._update(1)[0], rel=1e-5)
         for (name, a), (_, b) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
             assert a.grad is not None and b.grad is not None
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 
     def test_eight_rows_can_be_overfitted(self, recipe_path: Path, tmp_path: Path) -> None:
+        plain = ["options.label_smoothing=0"] if "label_smoothing" in task.find(self.name).Options.model_fields else []
         trainer = self._trainer(
             recipe_path,
             tmp_path / "run",
@@ -138,6 +139,7 @@ class Contract:
             "train.decay=constant",
             "train.lr=0.005",
             "train.weight_decay=0",
+            *plain,
         )
         model, made = trainer.model.eval(), trainer.task
         batch = self._batch(trainer, range(8))
@@ -205,15 +207,14 @@ class Contract:
     def test_the_served_answer_is_the_predicted_one(self, recipe_path: Path, tmp_path: Path) -> None:
         testclient = pytest.importorskip("fastapi.testclient")
         from multihead.serve.app import create_app
-        from multihead.serve.served import Served
+        from multihead.serve.app import Served
 
         run = train(recipe_path, run=tmp_path / "run", progress=False)
         rows = sample_rows(type(run.task), 3, seed=3)
-        row = {c.name: rows[0][c.name] for c in run.task.columns if c.kind in ("text", "number", "id")}
+        row = {c.name: rows[0][c.name] for c in run.task.inputs()}
         ask = {"max_tokens": 5, "temperature": 0.0} if run.task.emits else {}
-        with testclient.TestClient(
-            create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)
-        ) as client:
+        app = create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)
+        with testclient.TestClient(app, base_url="http://127.0.0.1") as client:
             reply = client.post("/v1/predict", json={"model": "contract", "input": row, **ask})
             assert reply.status_code == 200, reply.text
             served = reply.json()

@@ -11,12 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "multihead"
 LAYERS: list[set[str]] = [
-    {"errors"},
+    {"errors", "__version__"},
     {"transformer", "codec", "data", "metrics", "run", "serve.settings", "strict_yaml"},
     {"recipe", "generation", "runtime"},
     {"task"},
     {"tasks"},
     {
+        "dealing",
         "prepare",
         "build",
         "train",

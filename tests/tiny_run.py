@@ -32,7 +32,7 @@ class Parity(Task):
 
     field = "language"
     title = ("tell whether the length of a text is even or odd", "判断文本长度的奇偶")
-    columns = (Column("text", identity=True, names=("review",)), Column("label", "label"))
+    columns = (Column("text", names=("review",)), Column("label", "label", target=True))
     metric = ("accuracy", "max")
 
     def encode(self, row: dict[str, Any]) -> Example:

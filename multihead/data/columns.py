@@ -42,8 +42,9 @@ class Column:
     kind: ColumnKind = "text"
     required: bool = True
     names: tuple[str, ...] = ()
-    identity: bool = False
-    """Whether two rows with equal values here are copies of each other."""
+    target: bool = False
+    """Whether this is what is to be learned. The other columns are inputs: rows with equal inputs are copies of each
+    other, and a request holds inputs alone."""
 
 
 @dataclass

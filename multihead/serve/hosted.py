@@ -55,11 +55,20 @@ class Hosted:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        served, limits = self.served, self.settings
+        served = self.served
         self.name, self.task = served.name, served.task
         self.engine: Engine | None = None
         self.batcher: Batcher | None = None
+        self._closed = True
         served.model.eval()
+        self.start()
+
+    def start(self) -> None:
+        """Ready for work, also after a ``drain``."""
+        if not self._closed:
+            return
+        self._closed = False
+        served, limits = self.served, self.settings
         seen = self.metrics.batch.labels(served.name).observe
         if isinstance(served.model, Emitter) and self.task.emits and hasattr(self.task, "prompt"):
             codec = self.task.codec  # type: ignore[attr-defined]
@@ -81,7 +90,7 @@ class Hosted:
     @property
     def inputs(self) -> list[Column]:
         """The columns an answer is made from."""
-        return [c for c in self.task.columns if getattr(c, "identity", False)] or list(self.task.columns[:1])
+        return self.task.inputs()
 
     def card(self) -> dict[str, Any]:
         """The model as ``/v1/models`` shows it: the fields of the OpenAI API, and what the page needs to know."""
@@ -238,6 +247,7 @@ class Hosted:
     def drain(self, seconds: float) -> bool:
         """See ``Engine.drain``; blocks."""
         worker = self.engine or self.batcher
+        self._closed = True
         return worker is None or worker.drain(seconds)
 
 

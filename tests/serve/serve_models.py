@@ -34,9 +34,9 @@ class Mood(Task):
     field = "language"
     title = ("mood of a review", "评论的情绪")
     columns = (
-        Column("text", "text", identity=True),
-        Column("stars", "number", required=False, identity=True),
-        Column("label", "label"),
+        Column("text", "text"),
+        Column("stars", "number", required=False),
+        Column("label", "label", target=True),
     )
 
     def encode(self, row: dict[str, Any]) -> Example:

@@ -58,8 +58,8 @@ class TextClassification(Task):
     field = "language"
     title = ("label a text: sentiment, topic, any labels of your own", "给文本打标签：情感、主题或自定义标签")
     columns = (
-        Column("text", "text", names=TEXT_NAMES, identity=True),
-        Column("label", "label", names=LABEL_NAMES),
+        Column("text", "text", names=TEXT_NAMES),
+        Column("label", "label", names=LABEL_NAMES, target=True),
     )
     metric = ("macro_f1", "max")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
@@ -104,7 +104,7 @@ class TextClassification(Task):
     def __init__(self, options: Any = None, seed: int = 0) -> None:
         super().__init__(options, seed)
         if self.options.multiple:
-            several = Column("label", "labels", names=LABEL_NAMES)
+            several = Column("label", "labels", names=LABEL_NAMES, target=True)
             self.columns = (self.columns[0], several)  # type: ignore[misc]
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:

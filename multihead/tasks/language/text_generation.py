@@ -73,7 +73,7 @@ class TextGeneration(Task):
 
     field = "language"
     title = ("go on with a text: a language model of your own files", "续写文本：用自己的文件训练语言模型")
-    columns = (Column("text", "text", names=("text", "content", "正文", "文本", "内容", "paragraphs"), identity=True),)
+    columns = (Column("text", "text", names=("text", "content", "正文", "文本", "内容", "paragraphs")),)
     metric = ("loss", "min")
     unit = "tokens"
     emits = True
