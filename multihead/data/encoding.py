@@ -17,9 +17,11 @@ from multihead.errors import UserError, tr
 WINDOW = 1 << 16  # bytes judged, from the first one that is not ASCII
 MAX_LINE = 8_000_000  # characters; a longer line or field is not data that one row of a batch could hold
 _LIKELY = 0.8
+_RARE = 0.75  # a rare Han counts for less than a common one: names and old poems are full of them
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF16_LE, "utf-16-le"),
          (codecs.BOM_UTF16_BE, "utf-16-be"), (b"\x84\x31\x95\x33", "gb18030"))
 _WIDER = {"gbk": "gb18030", "gb2312": "gb18030", "utf-8-sig": "utf-8", "ascii": "utf-8"}
+_NOT_FILES = ("unicode-escape", "raw-unicode-escape", "idna", "punycode", "undefined", "mbcs", "oem")
 _FREQUENT = frozenset(
     "的一是不了在人有我他这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看"
     "起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间斯知世什"
@@ -42,15 +44,21 @@ def _common(character: str) -> bool:
 
 
 def _likelihood(data: bytes, encoding: str) -> float:
-    """Share of `data`'s characters in `encoding` (beyond ASCII where there are any) that real text would have."""
+    """Share of `data`'s characters in `encoding` that real text would have.
+
+    ASCII tells nothing of GB18030, which shares it, and much of UTF-16, where it is found by chance almost never.
+    """
+    wide = encoding.startswith("utf-16")
     text = codecs.getincrementaldecoder(encoding)("replace").decode(data)
     counts = Counter(text)
     if "\0" in counts:
         return 0.0
-    beyond = {c: n for c, n in counts.items() if ord(c) > 127} or counts
+    beyond = {c: n for c, n in counts.items() if wide or ord(c) > 127}
     total = sum(beyond.values())
-    share = sum(n for c, n in beyond.items() if _common(c) and c != "\ufffd") / max(1, total)
     han = sum(n for c, n in beyond.items() if "\u4e00" <= c <= "\u9fff")
+    common = sum(n for c, n in beyond.items() if _common(c) and c != "\ufffd")
+    rare = sum(n for c, n in beyond.items() if "\u4e00" <= c <= "\u9fff" and not _common(c))
+    share = (common + (0.0 if wide else _RARE * rare)) / max(1, total)
     frequent = sum(n for c, n in beyond.items() if c in _FREQUENT)
     # Korean in EUC-KR reads as everyday Han of GB2312, but never as the frequent ones.
     return 0.0 if han >= 50 and frequent < 0.03 * han else share
@@ -62,6 +70,16 @@ def _mostly_utf8(data: bytes) -> bool:
     bad = text.count("\ufffd")
     good = sum(1 for c in text if ord(c) > 127) - bad
     return bad == 0 or good >= 4 * bad
+
+
+def _with_nul(data: bytes) -> str:
+    """UTF-16 (where half of ASCII and all line ends are NUL), damaged UTF-8, or "binary"."""
+    utf8 = _mostly_utf8(data)
+    if utf8 and data.count(0) < 0.2 * len(data):
+        return "utf-8"
+    scores = {e: _likelihood(data, e) for e in ("utf-16-le", "utf-16-be")}
+    best = max(scores, key=lambda e: scores[e])
+    return best if scores[best] >= _LIKELY else "utf-8" if utf8 else "binary"
 
 
 def _first_beyond_ascii(data: bytes) -> int:
@@ -79,9 +97,7 @@ def detect(data: bytes, at_start: bool = True) -> str | None:
             if data.startswith(mark):
                 return encoding
         if b"\0" in data[:WINDOW]:
-            scores = {e: _likelihood(data[:WINDOW], e) for e in ("utf-16-le", "utf-16-be")}
-            best = max(scores, key=lambda e: scores[e])
-            return best if scores[best] >= _LIKELY else "utf-8" if _mostly_utf8(data[:WINDOW]) else "binary"
+            return _with_nul(data[:WINDOW])
     start = _first_beyond_ascii(data)
     if start == len(data):
         return "ascii"
@@ -99,7 +115,7 @@ def known_encoding(name: str) -> str:
     """`name` as Python knows it. Raises UserError for a name that is no text encoding."""
     try:
         info = codecs.lookup(str(name))
-        if not info._is_text_encoding:
+        if not info._is_text_encoding or info.name in _NOT_FILES:
             raise LookupError
     except (LookupError, ValueError):
         raise UserError(tr(
@@ -186,7 +202,7 @@ class _Decoder:
         try:
             text = self._codec.decode(data, final)
         except UnicodeDecodeError as error:
-            before = error.object[:error.start].decode(error.encoding, "ignore").count("\n")
+            before = error.object[:error.start].decode(self._encoding or "ascii", "ignore").count("\n")
             raise self._undecodable(begin + error.start, self.line + before,
                                     error.object[error.start:error.start + 4]) from None
         except UnicodeError as error:
