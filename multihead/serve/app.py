@@ -70,7 +70,9 @@ def create_app(served: Sequence[Served], settings: ServeSettings | None = None) 
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        state.ready = True
+        for hosted in models.values():
+            hosted.start()
+        state.ready, state.draining = True, False
         yield
         state.draining, state.ready = True, False
         await drain(app)

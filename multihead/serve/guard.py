@@ -101,10 +101,10 @@ class Guard:
         self.metrics.seconds.labels(path).observe(seconds)
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Host, rate, key, kind of body.
+        """Host, rate, key.
 
         Raises:
-            ApiError: 400, 401, 415, 429.
+            ApiError: 400, 401, 429.
         """
         host = headers.get("host", "").lower()
         if self.hosts is not None and _name(host) not in self.hosts:
@@ -128,10 +128,6 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
-            raise ApiError(415, say("send Content-Type: application/json", "请使用 Content-Type: application/json"),
-                           code="unsupported_media_type")
 
     def known(self, key: bytes) -> bool:
         """Whether `key` is one of the server's; takes as long for a wrong key as for a right one."""

@@ -87,11 +87,6 @@ class Hosted:
         """The options a caller may send beside the input."""
         return SAMPLING if self.engine is not None else tuple(getattr(self.task, "asks", ()))
 
-    @property
-    def inputs(self) -> list[Column]:
-        """The columns an answer is made from."""
-        return self.task.inputs()
-
     def card(self) -> dict[str, Any]:
         """The model as ``/v1/models`` shows it: the fields of the OpenAI API, and what the page needs to know."""
         title = self.task.title
@@ -103,7 +98,7 @@ class Hosted:
             "kind": "generation" if self.engine is not None else "prediction",
             "field": self.task.field,
             "title": {"en": title[0], "zh": title[1]},
-            "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.inputs],
+            "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.task.inputs()],
             "options": list(self.asks),
             "max_tokens": self.settings.max_tokens if self.engine is not None else None,
             "examples": list(self.served.examples),
@@ -125,7 +120,7 @@ class Hosted:
             except UserError as error:
                 found = [("", str(p)) for p in error.problems]
             except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-                shown = ", ".join(c.name for c in self.inputs)
+                shown = ", ".join(c.name for c in self.task.inputs())
                 found = [("", say(f"a row is a text or an object with: {shown}",
                                   f"一行应是文本，或含有 {shown} 的对象"))]
             if found:
@@ -142,18 +137,16 @@ class Hosted:
     def _faults(self, row: Any, item: Any) -> list[tuple[str, str]]:
         if not isinstance(row, dict):
             raise TypeError
-        known = {c.name: c for c in self.task.columns}
-        inputs = [c.name for c in self.inputs]
+        inputs = [c.name for c in self.task.inputs()]
         found = []
         for name in row:
             # What the task's own `request` made of the body is the task's matter.
-            given = isinstance(item, dict) and name in item
-            if given and (name not in known or (known[name].required and name not in inputs)):
+            if isinstance(item, dict) and name in item and name not in inputs:
                 hint = nearest(str(name), inputs)
                 shown = ", ".join(inputs)
                 found.append((str(name), say(f"not a field of this model{hint}; it reads: {shown}",
                                              f"这个模型没有这个字段{hint}；它读取：{shown}")))
-        for column in self.inputs:
+        for column in self.task.inputs():
             if column.name not in row:
                 if column.required:
                     found.append((column.name, say("is missing", "缺少这个字段")))

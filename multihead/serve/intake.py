@@ -104,6 +104,11 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
+            # A page of another origin can send any other kind without asking first.
+            kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            if kind != "application/json":
+                message = say("send Content-Type: application/json", "请使用 Content-Type: application/json")
+                raise ApiError(415, message, code="unsupported_media_type")
             return await handle(StrictRequest(request.scope, request.receive))
 
         return strict

@@ -21,7 +21,7 @@ from multihead.serve.wire import ChatAnswer, ChatBody, Common, CompletionAnswer,
 
 router = APIRouter(route_class=StrictRoute)
 COMPLETION_TOKENS = 16
-EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
 
 @router.post("/v1/completions", responses={**ERRORS, 200: {"model": CompletionAnswer, "content": EVENTS}})

@@ -17,6 +17,7 @@ from multihead.data.rows import Column
 from multihead.errors import UserError
 from multihead.serve.app import Served, ServeSettings, create_app, run
 from multihead.task import Answer, Batch, Example, Task
+from multihead.tasks.language.text_classification import TextClassification
 from multihead.tasks.language.text_generation import LanguageModel, TextGeneration
 from multihead.transformer.config import TransformerConfig
 
@@ -78,11 +79,21 @@ def writer(max_length: int = 1024) -> tuple[TextGeneration, LanguageModel]:
     return task, LanguageModel(config, task.codec.vocab_size).eval()
 
 
+def labeller() -> tuple[TextClassification, nn.Module]:
+    """A text classifier of random weights."""
+    task = TextClassification()
+    task.fit([{"text": line, "label": str(i % 2)} for i, line in enumerate(LINES)])
+    torch.manual_seed(2)
+    config = TransformerConfig(d_model=32, num_layers=2, num_heads=2, ngrams=(2, 3), ngram_buckets=64)
+    return task, task.model(config).eval()
+
+
 def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) -> list[Served]:
     """The models called `names`."""
     torch.manual_seed(1)
     known = {
         "writer": lambda: Served("writer", *writer(max_length), examples=LINES[:1]),
+        "labeller": lambda: Served("labeller", *labeller()),
         "mood": lambda: Served("mood", Mood(), Mean().eval(), examples=[LINES[1], "<img src=x onerror=alert(1)>"]),
     }
     return [known[name]() for name in names]

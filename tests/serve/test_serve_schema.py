@@ -1,0 +1,33 @@
+"""The server against its own OpenAPI description, with data that fits and data that does not: never a 5xx."""
+
+from __future__ import annotations
+
+import hypothesis
+import schemathesis
+import serve_models as models
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from multihead.serve.app import ServeSettings, create_app
+
+CHECKS = [
+    not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
+    negative_data_rejection, unsupported_method,
+]
+settings = ServeSettings(max_tokens=64, allowed_hosts=["testserver"])
+schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(models.served(max_length=128), settings))
+assert {"/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(schema)
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+def test_no_answer_breaks_the_description(case):
+    answer = case.call()
+    case.validate_response(answer, checks=CHECKS)
