@@ -29,7 +29,7 @@ class Emitter(nn.Module):
         return self.config.max_length
 
     def start(self, batch: dict[str, Tensor]) -> tuple[Cache, Tensor]:
-        """Read prompts ``ids`` (B, T), right-padded, of ``lengths`` (B,): the state and the next token's logits (B, V)."""
+        """Read prompts ``ids`` (B, T), right-padded, of ``lengths`` (B,): state and the next token's logits (B, V)."""
         raise NotImplementedError(f"{type(self).__name__}.start")
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
