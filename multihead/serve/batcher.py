@@ -190,8 +190,6 @@ class Batcher:
                     answers += self._predict(call.examples[len(answers) : len(answers) + self.max_batch], call.ask)
                 call.settle(answers)
             except Exception as error:
-                if not isinstance(error, UserError):
-                    log.exception("%s: a request failed", self.name)
                 call.settle(None, error)
 
     def _encode(self, call: Call) -> bool:

@@ -100,7 +100,7 @@ class Hosted:
             "title": {"en": title[0], "zh": title[1]},
             "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.task.inputs()],
             "options": list(self.asks),
-            "max_tokens": self.settings.max_tokens if self.engine is not None else None,
+            "max_tokens": min(self.settings.max_tokens, self.engine.model.max_length - 1) if self.engine else None,
             "examples": list(self.served.examples),
         }
 

@@ -1,0 +1,138 @@
+"""The page at / in a real browser: it answers, streams, stops, speaks two languages, and takes nothing for markup."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import serve_models as models
+import uvicorn
+from conftest import until
+
+from multihead.serve.app import PAGE, Served, ServeSettings, create_app, listen
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+NASTY = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+
+
+@contextlib.contextmanager
+def serving(**settings) -> Iterator[tuple[str, object]]:
+    """A server in a thread of this process: its address and its application."""
+    writer = Served("writer", *models.writer())
+    mood = Served(NASTY, models.Mood(), models.Mean().eval(), examples=[NASTY, models.LINES[1]])
+    app = create_app([writer, mood], ServeSettings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    with listen("127.0.0.1", 0) as found:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{found.getsockname()[1]}", app
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"no Chromium at {CHROMIUM}; install it, or name it in CHROMIUM")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra [dev] is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages, and sees that none asks for anything elsewhere, fails, or is refused by its own policy."""
+    contexts, faults = [], []
+
+    def open_page(address: str, **context):
+        contexts.append(browser.new_context(**{"locale": "en-US"} | context))
+        page = contexts[-1].new_page()
+        page.on("request", lambda r: r.url.startswith((address, "data:")) or faults.append(r.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda m: m.type == "error" and "status of" not in m.text and faults.append(m.text))
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def test_labels_with_bars_in_two_languages_and_nothing_becomes_markup(visit):
+    with serving() as (address, _):
+        page = visit(address, locale="zh-CN")
+        assert page.locator("html").get_attribute("lang") == "zh"
+        page.locator("nav button").nth(1).click()
+        assert page.locator("#card .go").inner_text() == "回答"
+        assert page.locator("#card h2").inner_text() == NASTY
+        page.locator(".chips button").nth(0).click()
+        page.wait_for_selector(".bar")
+        assert page.locator(".answer .given").inner_text() == NASTY
+        names = page.locator(".bar .name").all_inner_texts()
+        assert sorted(names) == sorted(models.LABELS)
+        values = [float(v.split()[0]) for v in page.locator(".bar .value").all_inner_texts()]
+        assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(100, abs=0.2)
+        assert page.locator(".answer .label").inner_text() == names[0]
+        assert page.locator("img, b, main script").count() == 0 and page.title() == "multihead"
+        page.locator("#language").click()
+        assert page.locator("#card .go").inner_text() == "Answer"
+        page.locator("#card .go").click()
+        assert "write something" in page.locator("#card .problem").inner_text()
+        page.locator("textarea").fill("☠")
+        page.locator("#card .go").click()
+        page.wait_for_function("() => document.querySelector('.problem:not([hidden])')?.textContent.includes('log')")
+
+
+def test_a_text_is_streamed_and_can_be_stopped(visit):
+    with serving() as (address, app):
+        page = visit(address)
+        engine = app.state.models["writer"].engine
+        page.locator("textarea").fill("房间 <b>")
+        page.locator("[name=seed]").fill("3")
+        page.locator("#card .go").click()
+        page.wait_for_selector(".told:not(.live)")
+        text, meta = page.locator(".told").text_content(), page.locator(".meta").inner_text()
+        assert text.startswith("房间 <b>") and len(text) > 20 and "tokens/s" in meta
+        page.locator("#card .go").click()
+        page.wait_for_selector(".told:not(.live)")
+        assert page.locator(".told").text_content() == text
+        page.locator("[name=max_tokens]").evaluate("(e) => { e.value = 1000; e.dispatchEvent(new Event('input')); }")
+        model = app.state.models["writer"].served.model
+        step, slow = model.step, threading.Event()
+        model.step = lambda ids, cache: (slow.wait(0.02), step(ids, cache))[1]
+        page.locator("#card .go").click()
+        until(lambda: engine.active == 1)
+        page.locator("#card .stop").click()
+        until(lambda: engine.active == 0)
+        assert "stopped" in page.locator(".meta").inner_text()
+        assert page.locator("#card .problem:not([hidden])").count() == 0
+        page.locator("summary").click()
+        assert "/v1/completions" in page.locator("#curl").inner_text()
+
+
+def test_a_locked_server_asks_for_its_key(visit):
+    with serving(api_keys=["open sesame"]) as (address, _):
+        page = visit(address, color_scheme="dark", viewport={"width": 380, "height": 700})
+        page.locator("#key").fill("wrong")
+        page.locator("#unlock").click()
+        page.wait_for_selector("#key-problem:not([hidden])")
+        page.locator("#key").fill("open sesame")
+        page.locator("#unlock").click()
+        page.wait_for_selector("#card textarea")
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_page_stands_alone():
+    text = PAGE.read_text(encoding="utf-8")
+    outside = [part for part in text.split('"') if part.startswith(("http:", "https:", "//"))]
+    assert not outside and "innerHTML" not in text and "eval(" not in text
