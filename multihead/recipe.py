@@ -57,7 +57,7 @@ class Data(Section):
     header: bool | None = None
     split: Split = Field(default_factory=Split)
     deduplicate: bool = True
-    """Drop exact copies of a row. Where false, copies are kept but always fall into one part."""
+    """Drop exact copies of a row. Where false, they are kept, but never in two parts."""
     max_rejected: float = Field(default=0.01, ge=0, le=1)
     """Share of rows that may be unusable before the run stops."""
     limit: int | None = Field(default=None, ge=1)

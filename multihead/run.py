@@ -168,6 +168,14 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
+def _same(handle: int, path: Path) -> bool:
+    """Whether `path` still names the open file: who held the lock may have removed it with the whole folder."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
 class RunFolder:
     """The folder of one run: ``recipe.yaml codec/ data/ checkpoints/ model.safetensors log.jsonl ...``."""
 
@@ -259,7 +267,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
-            if not _try_lock(handle):
+            if not _try_lock(handle) or not _same(handle, path):
                 os.lseek(handle, 0, os.SEEK_SET)
                 holder = os.read(handle, 32).decode("ascii", "replace").strip() or "?"
                 raise UserError(tr(
@@ -277,7 +285,9 @@ class RunFolder:
             os.close(handle)  # the file stays: removing it would let two processes lock two files of one name
 
     def discard(self) -> None:
-        """Removes a run folder that this process made for a run that never began, and the parents made for it."""
+        """Takes back what ``create`` and ``lock`` did for a run that never began. Call it under the lock."""
+        with contextlib.suppress(OSError):
+            self.file(".lock").unlink()
         for path in self.made:
             if path == self.path:
                 shutil.rmtree(path, ignore_errors=True)
@@ -285,10 +295,10 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     path.rmdir()
 
-    def empty(self) -> None:
-        """Removes everything of the run. Call it under the lock, whose file stays."""
+    def empty(self, keep: Iterable[str] = ()) -> None:
+        """Removes everything of the run but the names in `keep`. Call it under the lock, whose file stays."""
         for path in sorted(self.path.iterdir(), key=lambda p: p.name != RECIPE):  # the recipe first: no recipe, no run
-            if path.name == ".lock":
+            if path.name == ".lock" or path.name in keep:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

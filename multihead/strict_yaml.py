@@ -70,6 +70,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+class _Inline(_Dumper):
+    """Writes text that holds line breaks in double quotes, where they are escaped."""
+
+
+def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Inline.add_representer(str, _one_line)
+
+
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value
     try:
@@ -178,7 +189,7 @@ def dump(values: Any) -> str:
 
 def inline(value: Any) -> str:
     """One value on one line: ``0.001``, ``[a, b]``, ``'012'``."""
-    text = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=float("inf"))
+    text = yaml.dump(value, Dumper=_Inline, allow_unicode=True, default_flow_style=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 
