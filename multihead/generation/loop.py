@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from multihead.errors import UserError, tr
+from multihead.generation.fast import prepared
 from multihead.generation.sampling import Sampling, sample
 from multihead.transformer.cache import Cache
+
+WORTH_PACKING = 16  # new tokens from which packing the weights costs less than it saves
 
 
 class Emitter(nn.Module):
@@ -72,21 +75,41 @@ class Emitter(nn.Module):
             max_tokens=max_length - T, temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed,
         ))
-        rows = [
-            Sequel(prompt, sampling, sampling.generator(i), eos)
-            for prompt in ids_BT.tolist()
-            for i in range(num_samples)
-        ]
         batch = {"ids": ids_BT.long(), "lengths": torch.full((B,), T, device=ids_BT.device)}
-        with Decoding(self):
-            state, logits = self.start(batch)
-            if num_samples > 1:
-                repeat = torch.arange(B, device=ids_BT.device).repeat_interleave(num_samples)
-                state, logits = state.select(repeat), logits[repeat]
-            decode(self, state, logits, rows)
-        longest = max(len(row.ids) for row in rows)
-        filled = [row.ids + [eos or 0] * (longest - len(row.ids)) for row in rows]
-        return torch.tensor(filled, device=ids.device)
+        return emit(self, batch, ids_BT.tolist(), sampling, num_samples, eos, fill=eos or 0)
+
+
+def emit(
+    model: Emitter,
+    batch: dict[str, Tensor],
+    begun: Sequence[Sequence[int]],
+    sampling: Sampling,
+    num_samples: int,
+    eos: int | None,
+    fill: int,
+) -> Tensor:
+    """What `generate` returns: rows that begin with `begun`, `num_samples` of each, as long as the longest of them.
+
+    Args:
+        batch: what ``start`` takes, as many rows as `begun`.
+        fill: stands behind the end of the shorter ones.
+    """
+    if num_samples < 1:
+        raise UserError(tr(
+            f"num_samples is {num_samples}; it must be at least 1", f"num_samples 是 {num_samples}，至少要为 1"
+        ))
+    rows = [Sequel(ids, sampling, sampling.generator(i), eos) for ids in begun for i in range(num_samples)]
+    device, dtype = batch["ids"].device, next(model.parameters()).dtype
+    if sampling.max_tokens >= WORTH_PACKING and dtype == torch.float32 and device.type == "cpu":
+        model = prepared(model, "float32")
+    with Decoding(model):
+        state, logits_BV = model.start(batch)
+        if num_samples > 1:
+            repeat = torch.arange(len(begun), device=device).repeat_interleave(num_samples)
+            state, logits_BV = state.select(repeat), logits_BV[repeat]
+        decode(model, state, logits_BV, rows)
+    longest = max(len(row.ids) for row in rows)
+    return torch.tensor([row.ids + [fill] * (longest - len(row.ids)) for row in rows], device=device)
 
 
 class Decoding:
