@@ -26,7 +26,7 @@ from multihead.transformer.cache import Cache, Step
 from multihead.transformer.trunk import Attention, Block, Trunk, attention_mask
 
 Model = TypeVar("Model", bound=nn.Module)
-Norm = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 def prepared(model: Model, precision: str = "auto") -> Model:
@@ -72,6 +72,10 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ROWS = 16  # the number of rows the packing is chosen for; others work, and one is as fast
+THEN: dict[str, Change] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "swish": F.silu}
+if ONEDNN:
+    _unary = torch.ops.mkldnn._linear_pointwise.default
+    _binary = torch.ops.mkldnn._linear_pointwise.binary
 
 
 class Map(NamedTuple):
@@ -88,29 +92,19 @@ class Map(NamedTuple):
         return cls(weight, None if bias is None else bias.detach().to(dtype))
 
 
-if ONEDNN:
-    _unary = torch.ops.mkldnn._linear_pointwise.default
-    _binary = torch.ops.mkldnn._linear_pointwise.binary
-
-    def linear(x: Tensor, a: Map, then: str = "none") -> Tensor:
-        """x Aᵀ + b, then "none", "relu", "gelu" or "swish" of it."""
+def linear(x: Tensor, a: Map, then: str = "none") -> Tensor:
+    """x Aᵀ + b, then "none", "relu", "gelu" or "swish" of it."""
+    if ONEDNN:
         return _unary(x, a.weight, a.bias, then, [], "none" if then == "gelu" else "")
+    return THEN[then](F.linear(x, a.weight, a.bias))
 
-    def linear_with(x: Tensor, a: Map, other: Tensor, how: str) -> Tensor:
-        """x Aᵀ + b, to which `other` is added ("add") or by which it is multiplied ("mul")."""
+
+def linear_with(x: Tensor, a: Map, other: Tensor, how: str) -> Tensor:
+    """x Aᵀ + b, to which `other` is added ("add") or by which it is multiplied ("mul")."""
+    if ONEDNN:
         return _binary(x, other, a.weight, a.bias, how)
-
-else:
-    _then = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "swish": F.silu}
-
-    def linear(x: Tensor, a: Map, then: str = "none") -> Tensor:
-        """x Aᵀ + b, then "none", "relu", "gelu" or "swish" of it."""
-        return _then[then](F.linear(x, a.weight, a.bias))
-
-    def linear_with(x: Tensor, a: Map, other: Tensor, how: str) -> Tensor:
-        """x Aᵀ + b, to which `other` is added ("add") or by which it is multiplied ("mul")."""
-        y = F.linear(x, a.weight, a.bias)
-        return y + other if how == "add" else y * other
+    y = F.linear(x, a.weight, a.bias)
+    return y + other if how == "add" else y * other
 
 
 class PackedLinear(nn.Module):
@@ -131,12 +125,12 @@ class PackedLinear(nn.Module):
 class Look:
     """The weights of one attention."""
 
-    norm: Norm
+    norm: Change
     inward: Map
     """To queries, keys and values; in cross-attention to queries only."""
     outward: Map
-    q_norm: Norm | None
-    k_norm: Norm | None
+    q_norm: Change | None
+    k_norm: Change | None
     memory: Map | None
     """Cross-attention: to the memory's keys and values."""
 
@@ -147,7 +141,7 @@ class Layer:
 
     attention: Look
     cross: Look | None
-    norm: Norm
+    norm: Change
     gate: Map | None
     up: Map
     down: Map
@@ -307,7 +301,7 @@ def in_pairs(module: nn.Linear, heads: int, head_size: int) -> tuple[Tensor, Ten
     return reorder(module.weight), None if module.bias is None else reorder(module.bias)
 
 
-def norm_of(module: nn.Module, dtype: torch.dtype, paired: bool = False) -> Norm:
+def norm_of(module: nn.Module, dtype: torch.dtype, paired: bool = False) -> Change:
     """RMSNorm or LayerNorm as a function; with `paired`, for heads whose rows ``in_pairs`` has reordered."""
 
     def ready(p: Tensor | None) -> Tensor | None:
