@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from multihead.generation.engine import Piece, Token
 from multihead.serve.hosted import Hosted, Texts, broken
 from multihead.serve.intake import ERRORS, StrictRoute, pick, unless_gone
-from multihead.serve.problems import ApiError, PlainJSON, dumped, say, sound
+from multihead.serve.problems import ApiError, PlainJSON, dumped, say
 from multihead.serve.wire import ChatAnswer, ChatBody, Common, CompletionAnswer, CompletionBody
 
 router = APIRouter(route_class=StrictRoute)
@@ -144,7 +144,7 @@ async def events(form: Form, texts: Texts, usage: bool) -> AsyncIterator[bytes]:
 
 def event(value: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return f"data: {dumped(sound(value))}\n\n".encode("utf-8", "replace")
+    return b"data: " + dumped(value) + b"\n\n"
 
 
 @dataclass

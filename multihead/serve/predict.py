@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import Response
 
 from multihead.serve.hosted import Hosted
@@ -14,6 +14,7 @@ from multihead.serve.intake import ERRORS, StrictRoute, pick, unless_gone
 from multihead.serve.problems import ApiError, PlainJSON, say
 from multihead.serve.settings import ServeSettings
 from multihead.serve.wire import Body, StopText
+from multihead.task import Task
 
 OPTIONS: dict[str, Any] = {
     "max_tokens": Annotated[int, Field(ge=1)] | None,
@@ -24,7 +25,6 @@ OPTIONS: dict[str, Any] = {
     "stop": StopText | Annotated[list[StopText], Field(max_length=16)] | None,
     "seed": int | None,
 }
-Item = str | dict[str, Any]
 
 
 class PredictAnswer(BaseModel):
@@ -35,16 +35,36 @@ class PredictAnswer(BaseModel):
     answers: list[Any]
 
 
+def shape(hosted: Hosted) -> dict[str, Any]:
+    """The JSON schema of a model's row, for the description of the API; ``Hosted.rows`` is what checks."""
+    if type(hosted.task).request is not Task.request:
+        return {"type": "object"}
+    kinds: dict[str, dict[str, Any]] = {
+        "text": {"type": "string"} if hosted.engine else {"type": "string", "pattern": r"\S"},
+        "number": {"type": "number"},
+        "labels": {"type": "array", "items": {"type": "string"}},
+    }
+    columns = hosted.task.inputs()
+    return {
+        "type": "object",
+        "properties": {c.name: kinds.get(c.kind, {"type": ["string", "integer"]}) for c in columns},
+        "required": [c.name for c in columns if c.required],
+        "additionalProperties": False,
+    }
+
+
 def router(models: Mapping[str, Hosted], settings: ServeSettings) -> APIRouter:
     """The route, with the options of the models that are served."""
     names = {name: OPTIONS.get(name, Any) for hosted in models.values() for name in hosted.asks}
     options: dict[str, Any] = {name: (kind | None if kind is not Any else Any, None) for name, kind in names.items()}
+    row = Annotated[dict[str, Any], WithJsonSchema({"anyOf": [shape(hosted) for hosted in models.values()]})]
+    item = str | row
     body_model = create_model(
         "PredictBody",
         __base__=Body,
         __doc__="Rows and options.",
         model=(str | None, None),
-        input=(Item | Annotated[list[Item], Field(min_length=1, max_length=settings.max_rows)], ...),
+        input=(item | Annotated[list[item], Field(min_length=1, max_length=settings.max_rows)], ...),
         **options,
     )
 

@@ -106,13 +106,17 @@ def sound(value: Any) -> Any:
     return value
 
 
-def dumped(value: Any) -> str:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def dumped(value: Any) -> bytes:
+    """Compact JSON of anything a task may answer: numbers that are none become null, broken characters ``?``."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        text = json.dumps(sound(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "replace")
 
 
 class PlainJSON(JSONResponse):
-    """JSON of anything a task may answer: numbers that are none become null, broken characters become ``?``."""
+    """A response of ``dumped`` JSON."""
 
     def render(self, content: Any) -> bytes:
-        return dumped(sound(content)).encode("utf-8", "replace")
+        return dumped(content)

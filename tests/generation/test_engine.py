@@ -11,6 +11,7 @@ import torch
 
 from multihead.codec.text import TextCodec
 from multihead.generation.engine import Busy, Draining, Engine, Piece
+from multihead.generation.fast import prepared
 from multihead.generation.loop import complete
 from multihead.generation.sampling import Sampling
 from multihead.tasks.language.text_generation import LanguageModel
@@ -90,8 +91,11 @@ def wishes(codec: TextCodec, count: int, seeded: bool) -> list[tuple[list[int], 
     return found
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "prepared"])
 @pytest.mark.parametrize("seeded", [False, True], ids=["greedy", "seeded"])
-def test_twenty_at_once_say_what_each_says_alone(model, codec, engine, seeded):
+def test_twenty_at_once_say_what_each_says_alone(model, codec, engine, seeded, fast):
+    if fast:
+        engine.model = prepared(model, "float32")
     asked = wishes(codec, 20, seeded)
     boxes = []
     for i, (prompt, sampling) in enumerate(asked):

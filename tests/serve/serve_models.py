@@ -46,7 +46,7 @@ class Mood(Task):
         if row["text"] == "crash":
             raise ZeroDivisionError("secret detail")
         points = np.array([ord(c) % 500 + 1 for c in row["text"]], dtype=np.int64)
-        return {"ids": points, "stars": np.array(row.get("stars", 0), dtype=np.float32)}
+        return {"ids": points, "stars": np.array(row.get("stars", 0), dtype=np.float64)}
 
     def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
         if (batch["ids"] == ord("☠") % 500 + 1).any():

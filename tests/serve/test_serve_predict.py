@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 
 from multihead.generation.loop import complete
 from multihead.generation.sampling import Sampling
+from multihead.serve.batcher import Batcher
 
 
 def post(client, body, **headers):
@@ -118,6 +120,28 @@ def test_a_full_queue_says_when_to_come_back(client):
         release.set()
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert first.result().status_code == second.result().status_code == 200
+
+
+def test_who_has_gone_is_not_answered():
+    seen, release = [], threading.Event()
+    task = models.Mood()
+    encode = task.encode
+    task.encode = lambda row: (seen.append(row["text"]), release.wait(20), encode(row))[2]  # type: ignore[method-assign]
+    batcher = Batcher(task, models.Mean().eval(), max_batch=1, wait_ms=0)
+
+    async def three() -> list:
+        waiting = [asyncio.ensure_future(batcher.answer([{"text": text}], {})) for text in "abc"]
+        while not seen:
+            await asyncio.sleep(0.001)
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+        release.set()
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    answers = asyncio.run(three())
+    assert seen == ["a", "c"] and isinstance(answers[1], asyncio.CancelledError)
+    assert answers[0][0]["label"] and answers[2][0]["label"]
+    assert batcher.drain(5)
 
 
 def test_answers_that_json_has_no_word_for(client):

@@ -20,14 +20,26 @@ CHECKS = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
     negative_data_rejection, unsupported_method,
 ]
-settings = ServeSettings(max_tokens=64, allowed_hosts=["testserver"])
-schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(models.served(max_length=128), settings))
-assert {"/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(schema)
+SETTINGS = ServeSettings(max_tokens=64, allowed_hosts=["testserver"])
+LIMITS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None,
+                             suppress_health_check=list(hypothesis.HealthCheck))
 
 
-@schema.parametrize()
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None,
-                     suppress_health_check=list(hypothesis.HealthCheck))
-def test_no_answer_breaks_the_description(case):
-    answer = case.call()
-    case.validate_response(answer, checks=CHECKS)
+def described(*names: str):
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(models.served(names, 128), SETTINGS))
+
+
+writer, mood = described("writer"), described("mood").include(path="/v1/predict")
+assert {"/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(writer)
+
+
+@writer.parametrize()
+@LIMITS
+def test_no_answer_of_a_writer_breaks_the_description(case):
+    case.validate_response(case.call(), checks=CHECKS)
+
+
+@mood.parametrize()
+@LIMITS
+def test_no_answer_of_a_labeller_breaks_the_description(case):
+    case.validate_response(case.call(), checks=CHECKS)
