@@ -192,14 +192,19 @@ def deal(recipe: Recipe, task: Task, sources: Mapping[str, Rows], tick: Tick) ->
             _drop(dealt[part], later, data.deduplicate)
             later.append(dealt[part].keys)
     train = dealt["train"]
+    _refuse_nothing_left(train)
+    _cut(train, recipe, [part for part in ("test", "valid") if part not in dealt])
+    _refuse_nothing_left(train)
+    return dealt
+
+
+def _refuse_nothing_left(train: Dealt) -> None:
     if not (train.parts == 0).any():
         raise UserError(
             tr(f"no row is left to train on: of {len(train.parts)} rows, {train.leaks} also stand in the test or "
-               "validation data; give other files as data.train, or remove data.test and data.valid",
-               f"没有剩下可训练的数据：{len(train.parts)} 行中有 {train.leaks} 行也出现在测试或验证数据中；"
-               "请为 data.train 换用其他文件，或去掉 data.test 与 data.valid"), names(train.rows))
-    _cut(train, recipe, [part for part in ("test", "valid") if part not in dealt])
-    return dealt
+               "validation part; give other data.train, or change data.test, data.valid or data.split",
+               f"没有剩下可训练的数据：{len(train.parts)} 行中有 {train.leaks} 行也出现在测试或验证部分；"
+               "请更换 data.train，或修改 data.test、data.valid、data.split"), names(train.rows))
 
 
 def refuse_none(dealt: Dealt) -> None:

@@ -144,16 +144,19 @@ def _write(recipe: Recipe, task: Task, sources: Mapping[str, Rows], dealt: Mappi
 
 
 def _take_up(work: Path, folder: RunFolder, recipe: Recipe, restart: bool) -> None:
-    """Move what was prepared into the run; the data, with its report, comes last and marks a finished preparation."""
+    """Move what was prepared into the run.
+
+    Killed anywhere in here, the folder stays a run (it keeps a recipe) that is not prepared (the report comes with the
+    data, last), and its checkpoints are gone before data of another content can stand beside them.
+    """
     if restart:
-        folder.empty(keep=(work.name,))
+        folder.empty(keep=(work.name, RECIPE, "codec", "data"))
     folder.file(REPORT).unlink(missing_ok=True)
-    for name in ("data", "codec"):
+    folder.write_atomic(RECIPE, recipe.dump())
+    for name in ("codec", "data"):
         if folder.file(name).exists():
             shutil.rmtree(folder.file(name))
-    os.rename(work / "codec", folder.file("codec"))
-    folder.write_atomic(RECIPE, recipe.dump())
-    os.rename(work / "data", folder.file("data"))
+        os.rename(work / name, folder.file(name))
     fsync_folder(folder.path)
 
 
