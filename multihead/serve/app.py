@@ -181,7 +181,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, started: Callable[[], None]) -> None:
         super().__init__(config)
         self.app, self.told = app, started
-        self._stopping: asyncio.Task[None] | None = None
+        self._stopping: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -189,19 +189,17 @@ class _Server(uvicorn.Server):
             self.told()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second one ends at once. Neither is raised again: a drained server ends well."""
+        """The first signal drains, a second one cuts off. Neither is raised again: a drained server ends well."""
         state: State = self.app.state.server
-        if state.draining:
-            self.should_exit = self.force_exit = True
-            return
+        seconds = 0.0 if state.draining else self.app.state.settings.drain_seconds
         state.draining = True
-        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain, seconds)
 
-    def _drain(self) -> None:
-        self._stopping = asyncio.ensure_future(self._finish())
+    def _drain(self, seconds: float) -> None:
+        self._stopping.append(asyncio.ensure_future(self._finish(seconds)))
 
-    async def _finish(self) -> None:
-        state, seconds = self.app.state.server, self.app.state.settings.drain_seconds
+    async def _finish(self, seconds: float) -> None:
+        state = self.app.state.server
         await drain(self.app, seconds)
         deadline = asyncio.get_running_loop().time() + 2
         while state.under_way and asyncio.get_running_loop().time() < deadline:

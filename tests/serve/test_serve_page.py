@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import serve_models as models
 import uvicorn
-from conftest import until
+from serve_process import until
 
 from multihead.serve.app import PAGE, Served, ServeSettings, create_app, listen
 

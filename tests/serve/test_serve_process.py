@@ -14,7 +14,7 @@ import time
 
 import httpx
 import pytest
-from conftest import Process, until
+from serve_process import Process, until
 
 from multihead.errors import UserError
 from multihead.serve.app import listen
@@ -79,14 +79,18 @@ def test_five_hundred_come_and_go_in_mid_stream(process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-@pytest.mark.parametrize("seconds", [20, 0.3], ids=["in-time", "cut-off"])
-def test_sigterm_lets_those_under_way_end(tmp_path, seconds):
+@pytest.mark.parametrize(
+    ("signals", "seconds", "whole"),
+    [([signal.SIGTERM], 30, True), ([signal.SIGTERM], 0.2, False), ([signal.SIGINT, signal.SIGINT], 300, False)],
+    ids=["in-time", "cut-off", "twice"],
+)
+def test_a_signal_lets_those_under_way_end(tmp_path, signals, seconds, whole):
     server = Process(tmp_path, drain_seconds=seconds)
     lines: list[str] = []
     begun = threading.Event()
-    size = 300 if seconds > 1 else 1000
-    # Eight more keep the engine busy, so that the short drain has something to cut off.
-    bodies = [LONG | {"max_tokens": size, "seed": i, "n": 1 if seconds > 1 else 16} for i in range(2)]
+    # Many long texts, so that there is something to cut off.
+    size = {"max_tokens": 300} if whole else {"max_tokens": 1000, "n": 32}
+    bodies = [LONG | size | {"seed": i} for i in range(2)]
 
     def stream(body: dict, heard: list[str]) -> None:
         with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
@@ -100,8 +104,10 @@ def test_sigterm_lets_those_under_way_end(tmp_path, seconds):
         for thread in threads:
             thread.start()
         assert begun.wait(30)
-        server.process.send_signal(signal.SIGTERM)
-        if seconds > 1:
+        for one in signals:
+            server.process.send_signal(one)
+            time.sleep(0.1)
+        if whole:
             until(lambda: other.get("/readyz").status_code == 503)
             refused = other.post("/v1/completions", json=LONG)
             assert refused.status_code == 503 and refused.headers["retry-after"] and "stopping" in refused.text
@@ -113,7 +119,7 @@ def test_sigterm_lets_those_under_way_end(tmp_path, seconds):
     assert (server.process.returncode, said) == (0, "")
     assert server.returned.read_text() == "returned"
     last = [line for line in lines if line][-1]
-    if seconds > 1:
+    if whole:
         assert last == "data: [DONE]"
     else:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
