@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import serve_models as models
 from serve_process import Process, until
 from starlette.testclient import TestClient
