@@ -10,12 +10,16 @@ import difflib
 import locale
 import os
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
+
+SPEAKS: ContextVar[str] = ContextVar("multihead_language", default="")
+"""The language of whoever is being answered just now ("zh" or "en"), where that is known: a server's caller."""
 
 
 def language() -> str:
-    """"zh" or "en": ``MULTIHEAD_LANG`` when set, else the locale of the environment."""
-    named = os.environ.get("MULTIHEAD_LANG", "")
+    """"zh" or "en": the caller's (`SPEAKS`), else ``MULTIHEAD_LANG``, else the locale of the environment."""
+    named = SPEAKS.get() or os.environ.get("MULTIHEAD_LANG", "")
     if not named:
         named = next((os.environ[k] for k in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(k)), "")
     if not named:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from multihead.build import Run, open_run
 from multihead.errors import UserError, tr
+from multihead.generation.fast import prepared
 
 
 def serve_runs(
@@ -39,8 +41,25 @@ def serve_runs(
         if v is not None
     }
     settings = settings.model_copy(update=changes)
-    served = [Served(name=name, task=r.task, model=r.model) for name, r in zip(names, runs, strict=True)]
+    served = [
+        Served(name, r.task, prepared(r.model) if r.task.emits else r.model, r.recipe.serve, examples(r))
+        for name, r in zip(names, runs, strict=True)
+    ]
     run(create_app(served, settings), settings.host, settings.port)
+
+
+def examples(run: Run, most: int = 3) -> list[dict[str, Any]]:
+    """A few held-out inputs for the page to offer; none where the run kept no such rows."""
+    for part in ("test", "valid"):
+        if run.folder.file(f"data/{part}").is_dir() and (store := run.store(part)):
+            rows = [store.row(i) for i in range(min(most, len(store)))]
+            return [{c.name: begun(row[c.name], run) for c in run.task.inputs() if c.name in row} for row in rows]
+    return []
+
+
+def begun(value: Any, run: Run) -> Any:
+    """A held-out value to try: whole, or the first line of a text that is to be gone on with."""
+    return value.strip().split("\n")[0][:40] if run.task.emits and isinstance(value, str) else value
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:

@@ -30,7 +30,7 @@ from multihead.serve.guard import LOCAL, Guard
 from multihead.serve.hosted import Hosted, Served
 from multihead.serve.intake import ERRORS, BadBody, of_validation, pick
 from multihead.serve.metrics import Metrics
-from multihead.serve.problems import ApiError, PlainJSON, say
+from multihead.serve.problems import ApiError, PlainJSON
 from multihead.serve.settings import ServeSettings
 from multihead.serve.wire import ChatBody, CompletionBody
 
@@ -150,8 +150,8 @@ def _add_handlers(app: FastAPI) -> None:
         if isinstance(error, BadBody):
             return error.error.answer()
         words = {
-            404: say(f"there is nothing at {request.url.path}", f"{request.url.path} 处没有内容"),
-            405: say(f"{request.method} is not possible here", f"这里不能使用 {request.method}"),
+            404: tr(f"there is nothing at {request.url.path}", f"{request.url.path} 处没有内容"),
+            405: tr(f"{request.method} is not possible here", f"这里不能使用 {request.method}"),
         }
         message = words.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).answer()

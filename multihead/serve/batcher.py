@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from multihead.errors import Problem, UserError
+from multihead.errors import Problem, UserError, tr
 from multihead.generation.engine import Busy, Draining
-from multihead.serve.problems import say
 from multihead.task import Answer, Example, Task
 
 log = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ class Batcher:
                 log.warning("%s: a row cannot be encoded", self.name, exc_info=True)
                 kind = type(error).__name__
                 problems.append(Problem(
-                    say(f"this row cannot be read ({kind})", f"无法读取这一行（{kind}）"), f"input[{i}]"
+                    tr(f"this row cannot be read ({kind})", f"无法读取这一行（{kind}）"), f"input[{i}]"
                 ))
         if problems:
             call.settle(None, UserError.many(problems))

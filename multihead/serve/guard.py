@@ -17,8 +17,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from multihead.errors import SPEAKS, tr
 from multihead.serve.metrics import Metrics
-from multihead.serve.problems import SPEAKS, ApiError, say, spoken
+from multihead.serve.problems import ApiError, spoken
 from multihead.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Guard:
             SPEAKS.reset(token)
 
     async def _failed(self, scope: Scope, receive: Receive, answer: Send) -> None:
-        error = ApiError(500, say("something went wrong in the server; its log says what",
+        error = ApiError(500, tr("something went wrong in the server; its log says what",
                                   "服务器内部出错；详情见服务器日志"), code="internal_error")
         await error.answer()(scope, receive, answer)
 
@@ -110,7 +111,7 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(
                 400,
-                say(f"this server is not called '{_name(host)}'; see serve.allowed_hosts",
+                tr(f"this server is not called '{_name(host)}'; see serve.allowed_hosts",
                     f"本服务不叫 '{_name(host)}'；见 serve.allowed_hosts"),
                 code="unknown_host",
             )
@@ -123,7 +124,7 @@ class Guard:
         if self.keys and not known:
             raise ApiError(
                 401,
-                say("send a valid API key: Authorization: Bearer KEY",
+                tr("send a valid API key: Authorization: Bearer KEY",
                     "请提供有效的 API 密钥：Authorization: Bearer 密钥"),
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -141,7 +142,7 @@ class Guard:
             wait = max(1, int(self.limiter.get_window_stats(self.rate, caller).reset_time - time.time()) + 1)
             raise ApiError(
                 429,
-                say(f"more than {self.settings.rate_limit}; wait {wait} s",
+                tr(f"more than {self.settings.rate_limit}; wait {wait} s",
                     f"超过 {self.settings.rate_limit}；请等待 {wait} 秒"),
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(wait)},
@@ -171,7 +172,7 @@ class Guard:
                     if size > most:
                         raise self._too_long(most)
         except TimeoutError:
-            raise ApiError(408, say("the body did not arrive in time", "请求体未能按时到达"), code="timeout",
+            raise ApiError(408, tr("the body did not arrive in time", "请求体未能按时到达"), code="timeout",
                            headers={"Connection": "close"}) from None
         given: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
@@ -185,7 +186,7 @@ class Guard:
         return replay
 
     def _too_long(self, most: int) -> ApiError:
-        message = say(f"the body is longer than {most} bytes", f"请求体超过 {most} 字节")
+        message = tr(f"the body is longer than {most} bytes", f"请求体超过 {most} 字节")
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from multihead.data.rows import Column
-from multihead.errors import UserError, nearest
+from multihead.errors import UserError, nearest, tr
 from multihead.generation.engine import Busy, Draining, Engine, Job, Piece
 from multihead.generation.loop import Emitter
 from multihead.generation.sampling import Sampling
 from multihead.serve.batcher import Batcher
 from multihead.serve.metrics import Metrics
-from multihead.serve.problems import ApiError, of_user_error, say
+from multihead.serve.problems import ApiError, of_user_error
 from multihead.serve.settings import ServeSettings
 from multihead.task import Answer, Task
 
@@ -121,7 +121,7 @@ class Hosted:
                 found = [("", str(p)) for p in error.problems]
             except (TypeError, ValueError, KeyError, AttributeError, IndexError):
                 shown = ", ".join(c.name for c in self.task.inputs())
-                found = [("", say(f"a row is a text or an object with: {shown}",
+                found = [("", tr(f"a row is a text or an object with: {shown}",
                                   f"一行应是文本，或含有 {shown} 的对象"))]
             if found:
                 faults += [(f"input[{i}]" + (f".{name}" if name else ""), text) for name, text in found]
@@ -130,7 +130,7 @@ class Hosted:
         if faults:
             listed = [f"{where}: {text}" for where, text in faults[:20]]
             if len(faults) > len(listed):
-                listed.append(say(f"and {len(faults) - 20} more", f"另有 {len(faults) - 20} 处"))
+                listed.append(tr(f"and {len(faults) - 20} more", f"另有 {len(faults) - 20} 处"))
             raise ApiError(422, "; ".join(listed), faults[0][0], "invalid_row")
         return rows
 
@@ -144,12 +144,12 @@ class Hosted:
             if isinstance(item, dict) and name in item and name not in inputs:
                 hint = nearest(str(name), inputs)
                 shown = ", ".join(inputs)
-                found.append((str(name), say(f"not a field of this model{hint}; it reads: {shown}",
+                found.append((str(name), tr(f"not a field of this model{hint}; it reads: {shown}",
                                              f"这个模型没有这个字段{hint}；它读取：{shown}")))
         for column in self.task.inputs():
             if column.name not in row:
                 if column.required:
-                    found.append((column.name, say("is missing", "缺少这个字段")))
+                    found.append((column.name, tr("is missing", "缺少这个字段")))
             elif fault := value_fault(column, row[column.name], blank=self.engine is not None):
                 found.append((column.name, fault))
         return found
@@ -196,7 +196,7 @@ class Hosted:
         if isinstance(asked, int) and asked > most:
             raise ApiError(
                 422,
-                say(f"max_tokens is {asked}; this server gives at most {most}",
+                tr(f"max_tokens is {asked}; this server gives at most {most}",
                     f"max_tokens 是 {asked}；本服务至多给出 {most}"),
                 "max_tokens",
                 "max_tokens_too_large",
@@ -217,7 +217,7 @@ class Hosted:
         if isinstance(row, list):
             size = self.engine.codec.vocab_size
             if any(not 0 <= token < size for token in row):
-                message = say(f"a token id lies outside 0 to {size - 1}", f"词元编号超出 0 到 {size - 1}")
+                message = tr(f"a token id lies outside 0 to {size - 1}", f"词元编号超出 0 到 {size - 1}")
                 raise ApiError(422, message, param, "invalid_value")
             ids = list(row)
         else:
@@ -230,7 +230,7 @@ class Hosted:
         if len(ids) > most:
             raise ApiError(
                 413,
-                say(f"the prompt has {len(ids)} tokens; this server reads at most {most}",
+                tr(f"the prompt has {len(ids)} tokens; this server reads at most {most}",
                     f"提示有 {len(ids)} 个词元；本服务至多读 {most} 个"),
                 param,
                 "context_length_exceeded",
@@ -250,21 +250,21 @@ def value_fault(column: Column, value: Any, blank: bool = False) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "text":
         if not isinstance(value, str):
-            return say("must be a text", "应是文本")
-        return "" if blank or value.strip() else say("is empty", "内容为空")
+            return tr("must be a text", "应是文本")
+        return "" if blank or value.strip() else tr("is empty", "内容为空")
     if kind == "number":
-        return "" if number and math.isfinite(value) else say("must be a number", "应是数字")
+        return "" if number and math.isfinite(value) else tr("must be a number", "应是数字")
     if kind == "labels":
         good = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        return "" if good else say("must be a list of texts", "应是文本的列表")
-    return "" if isinstance(value, str) or (number and isinstance(value, int)) else say("must be a text", "应是文本")
+        return "" if good else tr("must be a list of texts", "应是文本的列表")
+    return "" if isinstance(value, str) or (number and isinstance(value, int)) else tr("must be a text", "应是文本")
 
 
 def no_room(error: Exception) -> ApiError:
     """Busy or draining, as an answer that says when to come back."""
     if isinstance(error, Draining):
-        return ApiError(503, say("the server is stopping", "服务正在停止"), code="draining")
-    return ApiError(503, say("the server is busy; try again shortly", "服务繁忙，请稍后再试"), code="overloaded")
+        return ApiError(503, tr("the server is stopping", "服务正在停止"), code="draining")
+    return ApiError(503, tr("the server is busy; try again shortly", "服务繁忙，请稍后再试"), code="overloaded")
 
 
 class Texts:
@@ -359,6 +359,6 @@ class Texts:
 def broken(reason: str) -> None:
     """Raise where an answer did not come to its own end."""
     if reason == "error":
-        raise ApiError(500, say("the model failed on this text", "模型处理这段文本时出错"), code="model_error")
+        raise ApiError(500, tr("the model failed on this text", "模型处理这段文本时出错"), code="model_error")
     if reason == "cancelled":
         raise no_room(Draining())

@@ -14,9 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from multihead.errors import nearest
+from multihead.errors import nearest, tr
 from multihead.serve.hosted import Hosted
-from multihead.serve.problems import ApiError, ErrorAnswer, say
+from multihead.serve.problems import ApiError, ErrorAnswer
 from multihead.serve.wire import UNSUPPORTED
 
 T = TypeVar("T")
@@ -75,15 +75,15 @@ def read_json(raw: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UnicodeEncodeError:
-        fault = say("half of a surrogate pair in a text", "文本中有不成对的代理字符")
+        fault = tr("half of a surrogate pair in a text", "文本中有不成对的代理字符")
     except UnicodeDecodeError:
-        fault = say("the body is not UTF-8", "请求体不是 UTF-8")
+        fault = tr("the body is not UTF-8", "请求体不是 UTF-8")
     except RecursionError:
-        fault = say("the body is nested too deeply", "请求体嵌套过深")
+        fault = tr("the body is nested too deeply", "请求体嵌套过深")
     except json.JSONDecodeError as error:
-        fault = say(f"the body is not JSON (at character {error.pos})", f"请求体不是 JSON（第 {error.pos} 个字符处）")
+        fault = tr(f"the body is not JSON (at character {error.pos})", f"请求体不是 JSON（第 {error.pos} 个字符处）")
     except ValueError:
-        fault = say("a number in the body is no JSON number, or too large", "请求体中有非 JSON 的数或过大的数")
+        fault = tr("a number in the body is no JSON number, or too large", "请求体中有非 JSON 的数或过大的数")
     raise ApiError(422, fault, code="invalid_json")
 
 
@@ -107,7 +107,7 @@ class StrictRoute(APIRoute):
             # A page of another origin can send any other kind without asking first.
             kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
             if kind != "application/json":
-                message = say("send Content-Type: application/json", "请使用 Content-Type: application/json")
+                message = tr("send Content-Type: application/json", "请使用 Content-Type: application/json")
                 raise ApiError(415, message, code="unsupported_media_type")
             return await handle(StrictRequest(request.scope, request.receive))
 
@@ -127,7 +127,7 @@ def pick(request: Request, name: str | None, suits: Callable[[Hosted], bool] = l
         known = ", ".join(models)
         raise ApiError(
             404,
-            say(f"there is no model '{name}'; there are: {known}", f"没有模型 '{name}'；现有：{known}"),
+            tr(f"there is no model '{name}'; there are: {known}", f"没有模型 '{name}'；现有：{known}"),
             "model",
             "model_not_found",
         )
@@ -135,7 +135,7 @@ def pick(request: Request, name: str | None, suits: Callable[[Hosted], bool] = l
     if len(suitable) == 1:
         return suitable[0]
     known = ", ".join(hosted.name for hosted in suitable or models.values())
-    raise ApiError(422, say(f"say which model: {known}", f"请指明模型：{known}"), "model", "model_missing")
+    raise ApiError(422, tr(f"say which model: {known}", f"请指明模型：{known}"), "model", "model_missing")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -198,20 +198,20 @@ WORDS: dict[str, tuple[str, str]] = {
 def _words(fault: Mapping[str, Any], fields: Sequence[str]) -> str:
     name = next((part for part in reversed(fault["loc"]) if isinstance(part, str) and part in UNSUPPORTED), None)
     if name is not None:
-        return say("is not supported by this server; leave it out", "本服务不支持这个参数；请去掉")
+        return tr("is not supported by this server; leave it out", "本服务不支持这个参数；请去掉")
     kind = fault["type"]
     if kind == "extra_forbidden":
         hint = nearest(str(fault["loc"][-1]), fields)
-        return say(f"unknown field{hint}", f"没有这个字段{hint}")
+        return tr(f"unknown field{hint}", f"没有这个字段{hint}")
     if len(fault["loc"]) == 1 and kind in ("missing", "model_attributes_type", "dict_type"):
-        return say("the body must be a JSON object", "请求体应是 JSON 对象")
+        return tr("the body must be a JSON object", "请求体应是 JSON 对象")
     if kind in WORDS:
-        return say(*WORDS[kind])
+        return tr(*WORDS[kind])
     context = fault.get("ctx", {})
     limits = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bound = next((f"{sign} {context[key]}" for key, sign in limits.items() if key in context), None)
     if bound is not None:
-        return say(f"must be {bound}", f"应 {bound}")
+        return tr(f"must be {bound}", f"应 {bound}")
     if "expected" in context:
-        return say(f"must be {context['expected']}", f"应是 {context['expected']}")
+        return tr(f"must be {context['expected']}", f"应是 {context['expected']}")
     return str(fault["msg"])

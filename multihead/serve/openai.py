@@ -13,10 +13,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from multihead.errors import tr
 from multihead.generation.engine import Piece, Token
 from multihead.serve.hosted import Hosted, Texts, broken
 from multihead.serve.intake import ERRORS, StrictRoute, pick, unless_gone
-from multihead.serve.problems import ApiError, PlainJSON, dumped, say
+from multihead.serve.problems import ApiError, PlainJSON, dumped
 from multihead.serve.wire import ChatAnswer, ChatBody, Common, CompletionAnswer, CompletionBody
 
 router = APIRouter(route_class=StrictRoute)
@@ -29,7 +30,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Go on with a text."""
     hosted = generating(request, body)
     if body.echo and body.logprobs is not None:
-        message = say("echo and logprobs cannot be asked for together", "echo 与 logprobs 不能同时使用")
+        message = tr("echo and logprobs cannot be asked for together", "echo 与 logprobs 不能同时使用")
         raise ApiError(422, message, "echo", "unsupported_parameter")
     given = body.prompts()
     prompts = await asyncio.to_thread(
@@ -51,12 +52,12 @@ async def chat(body: ChatBody, request: Request) -> Response:
     if len(limits) > 1:
         raise ApiError(
             422,
-            say("max_tokens and max_completion_tokens differ", "max_tokens 与 max_completion_tokens 不一致"),
+            tr("max_tokens and max_completion_tokens differ", "max_tokens 与 max_completion_tokens 不一致"),
             "max_completion_tokens",
             "invalid_value",
         )
     if body.top_logprobs is not None and not body.logprobs:
-        message = say("top_logprobs needs logprobs: true", "使用 top_logprobs 时须 logprobs: true")
+        message = tr("top_logprobs needs logprobs: true", "使用 top_logprobs 时须 logprobs: true")
         raise ApiError(422, message, "top_logprobs", "invalid_value")
     text = hosted.task.prompt([message.plain() for message in body.messages])  # type: ignore[attr-defined]
     prompt = await asyncio.to_thread(hosted.prompt, text, "messages")
@@ -71,13 +72,13 @@ def generating(request: Request, body: Common) -> Hosted:
     if hosted.engine is None:
         raise ApiError(
             404,
-            say(f"the model '{hosted.name}' does not write texts; ask it at /v1/predict",
+            tr(f"the model '{hosted.name}' does not write texts; ask it at /v1/predict",
                 f"模型 '{hosted.name}' 不生成文本；请使用 /v1/predict"),
             "model",
             "model_not_supported",
         )
     if body.stream_options is not None and not body.stream:
-        message = say("stream_options needs stream: true", "使用 stream_options 时须 stream: true")
+        message = tr("stream_options needs stream: true", "使用 stream_options 时须 stream: true")
         raise ApiError(422, message, "stream_options", "invalid_value")
     return hosted
 
@@ -88,7 +89,7 @@ def asked(
     """The texts that a body asks for, not yet submitted."""
     n, most = body.n or 1, hosted.settings.max_rows
     if len(prompts) * n > most:
-        raise ApiError(422, say(f"{len(prompts)} prompts × n {n} are more than the {most} this server takes",
+        raise ApiError(422, tr(f"{len(prompts)} prompts × n {n} are more than the {most} this server takes",
                                 f"{len(prompts)} 个提示 × n {n} 超过本服务的上限 {most}"), "n", "too_many_rows")
     wishes = body.wishes() | {"max_tokens": hosted.settings.max_tokens if max_tokens is None else max_tokens}
     return Texts(hosted, prompts, hosted.sampling(wishes), n, logprobs)

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import Response
 
+from multihead.errors import tr
 from multihead.serve.hosted import Hosted
 from multihead.serve.intake import ERRORS, StrictRoute, pick, unless_gone
-from multihead.serve.problems import ApiError, PlainJSON, say
+from multihead.serve.problems import ApiError, PlainJSON
 from multihead.serve.settings import ServeSettings
 from multihead.serve.wire import Body, StopText
 from multihead.task import Task
@@ -74,12 +75,12 @@ def router(models: Mapping[str, Hosted], settings: ServeSettings) -> APIRouter:
         ask = {name: value for name in options if (value := getattr(body, name)) is not None}
         for name in ask:
             if name not in hosted.asks:
-                raise ApiError(422, say(f"the model '{hosted.name}' has no option '{name}'",
+                raise ApiError(422, tr(f"the model '{hosted.name}' has no option '{name}'",
                                         f"模型 '{hosted.name}' 没有选项 '{name}'"), name, "unsupported_parameter")
         items = body.input if isinstance(body.input, list) else [body.input]
         if len(items) > hosted.settings.max_rows:
             most = hosted.settings.max_rows
-            message = say(f"{len(items)} rows are more than the {most} this model takes",
+            message = tr(f"{len(items)} rows are more than the {most} this model takes",
                           f"{len(items)} 行超过这个模型的上限 {most}")
             raise ApiError(422, message, "input", "too_many_rows")
         answers = await unless_gone(request, hosted.predict(items, ask))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from multihead.errors import UserError, language
+from multihead.errors import UserError
 
-SPEAKS: ContextVar[str] = ContextVar("multihead_caller_language", default="")
 RETRY_SECONDS = 1
 
 TYPES = {
@@ -72,11 +70,6 @@ class ApiError(Exception):
     def answer(self) -> JSONResponse:
         """The whole response."""
         return PlainJSON(self.body(), self.status, self.headers)
-
-
-def say(en: str, zh: str) -> str:
-    """The message in the caller's language (``Accept-Language``), else in the server's."""
-    return zh if (SPEAKS.get() or language()) == "zh" else en
 
 
 def spoken(accept: str) -> str:

@@ -103,9 +103,10 @@ class TextGeneration(Task):
 
     def encode(self, row: dict[str, Any]) -> Example:
         ids = self.codec.encode(row["text"])
-        # A document of its own ends with <eos>; a piece of a longer file does not, and the stream runs on.
+        # <eos> stands before every document, and so between two: a model learns to end one by foretelling it (as
+        # GPT-2's separator does). A piece that continues a longer file has none.
         if not row.get("joined", False):
-            ids = np.concatenate((np.array([self.codec.bos], dtype=ids.dtype), ids))
+            ids = np.concatenate((np.array([self.codec.eos], dtype=ids.dtype), ids))
         size = np.array(len(row["text"].encode("utf-8", "surrogatepass")), dtype=np.int64)
         return {"ids": ids, "bytes": size}
 
