@@ -169,12 +169,14 @@ def strike(pid: int, run: Path, draw: random.Random, whole: float, save: float) 
     start = time.perf_counter()
     aimed = draw.random() < 0.5
     moment = start + whole * draw.random() ** 2  # squared: more early ones, so that a run is killed several times
+    delay = draw.random() * save if aimed else 0.0
     while time.perf_counter() < moment or (aimed and not saving(run)):
         if (code := ended(pid)) is not None:
             return code
         time.sleep(0.0001 if aimed else 0.001)
-    if aimed:
-        time.sleep(draw.random() * save)
+        if time.perf_counter() >= moment and aimed and saving(run):
+            time.sleep(delay)
+            delay /= 2  # where the save was over by then, the next one is hit earlier
     os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None if code == -signal.SIGKILL else code
@@ -327,25 +329,29 @@ def check_full(run: Path, before: checkpoint.Checkpoint, code: int, text: str) -
 # ---- SIGTERM and SIGINT --------------------------------------------------------------------------------------------
 
 
-def terminate(machine: Machine, expected: str, count: int, whole: float) -> tuple[float, list[str]]:
+def steps_saved(run: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name[5:]) for path in run.glob("checkpoints/step-????????")), default=0)
+
+
+def terminate(machine: Machine, expected: str, count: int) -> tuple[float, list[str]]:
     """The longest time from a signal to the end of the process, and what went wrong."""
     draw, longest, faults = random.Random(2), 0.0, []
     for number in range(count):
         run = machine.folder / f"signal-{number}"
         kind = (signal.SIGTERM, signal.SIGINT)[number % 2]
         pid = machine.start(run)
-        while not any(run.glob("checkpoints/step-????????")):
+        moment = draw.randrange(3, 80)
+        while steps_saved(run) < moment:
             time.sleep(0.001)
-        time.sleep(draw.random() * 0.3 * whole)
         start = time.perf_counter()
         os.kill(pid, kind)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         longest = max(longest, time.perf_counter() - start)
         text = machine.said(run)
-        if code not in (0, 128 + kind):
-            faults.append(f"{kind.name}: exit {code}, {text[-500:]}")
-        if code and "To go on:" not in text:
-            faults.append(f"{kind.name}: no command to go on: {text[-500:]}")
+        over = "\ntrained " in text  # the signal came when all was done and Python was putting itself away
+        if not over and (code != 128 + kind or "To go on:" not in text):
+            faults.append(f"{kind.name}: exit {code}, or no command to go on: {text[-500:]}")
         if machine.finish(run)[0] != 0 or outcome(run) != expected:
             faults.append(f"{kind.name}: ended otherwise after resuming")
         shutil.rmtree(run)
@@ -395,7 +401,7 @@ def main() -> int:
         cases = list(zip(BREAK, files, strict=False)) if short else list(itertools.product(BREAK, files))
         broken_faults = break_files(machine, expected, cases)
         way, disk_faults = fill_disk(machine, expected)
-        longest, signal_faults = terminate(machine, expected, 2 if short else 10, whole)
+        longest, signal_faults = terminate(machine, expected, 2 if short else 10)
         kills = kill_runs(machine, args.kills, expected, whole, save, end)
     for fault in [*kills.faults, *broken_faults, *disk_faults, *signal_faults]:
         print(f"FAULT {fault}", flush=True)
