@@ -126,18 +126,6 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(value: object, files: Iterable[str | Path] = ()) -> str:
-    """One short name (32 hexadecimal digits) for a JSON-able `value` and the contents of `files`, in that order.
-
-    Equal fingerprints mean the same recipe and data: neither key order, nor paths, nor times of change count.
-    """
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
-    digest = xxhash.xxh3_128(text.encode())
-    for path in files:
-        digest.update(b"\0" + file_hash(Path(path)).encode())
-    return digest.hexdigest()
-
-
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

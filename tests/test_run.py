@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import xxhash
 
-from multihead import run
 from multihead.errors import UserError
-from multihead.run import RunFolder, fingerprint, replacing, write_atomic, write_json
+from multihead.run import RunFolder, replacing, write_atomic, write_json
 
 
 def made(path: Path) -> RunFolder:
@@ -55,17 +53,6 @@ def test_full_disk_says_what_where_how_much_and_what_is_whole(tmp_path: Path, co
 def test_other_errors_are_not_dressed_up(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "x"):
         pass  # nothing was written under the temporary name
-
-
-def test_fingerprint_depends_on_content_only(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"x" * 3_000_000)
-    two.write_bytes(b"x" * 3_000_000)
-    assert run.file_hash(one) == xxhash.xxh3_128_hexdigest(b"x" * 3_000_000)
-    assert fingerprint({"a": 1, "b": 2}, [one]) == fingerprint({"b": 2, "a": 1}, [two])
-    two.write_bytes(b"x" * 2_999_999 + b"y")
-    names = {fingerprint({"a": 1}, [one]), fingerprint({"a": 1}, [two]), fingerprint({"a": 1}), fingerprint({"a": 2})}
-    assert len(names) == 4
 
 
 def test_create_and_open_refuse_what_is_no_run(tmp_path: Path) -> None:

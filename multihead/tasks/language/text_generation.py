@@ -127,7 +127,7 @@ class TextGeneration(Task):
         self.codec = TextCodec.load(folder)
 
     def model(self, config: TransformerConfig) -> LanguageModel:
-        if config.positions != "rotary" and config.max_length < self.options.context:
+        if config.positions != "none" and config.max_length < self.options.context:
             raise UserError(
                 tr(f"options.context is {self.options.context}, beyond model.max_length {config.max_length}",
                    f"options.context 是 {self.options.context}，超过了 model.max_length {config.max_length}")
