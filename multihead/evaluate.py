@@ -25,7 +25,7 @@ from torch import nn
 
 from multihead.data.loader import sequential
 from multihead.data.store import Store
-from multihead.errors import UserError, tr
+from multihead.errors import UserError, nearest, tr
 from multihead.run import WEIGHTS, file_hash, replacing, size_text
 from multihead.runtime import device as devices
 from multihead.task import Answer, Example, Task
@@ -241,9 +241,14 @@ def _store(run: Any, data: Any, part: str | None) -> Iterator[tuple[Store, dict[
 
 
 def _held_out(run: Any, part: str | None) -> tuple[Store, dict[str, Any]]:
+    parts = ("train", "valid", "test")
+    if part is not None and part not in parts:
+        near = nearest(part, parts)
+        raise UserError(tr(f"no part is called '{part}'{near}; there are: {', '.join(parts)}",
+                           f"没有名为 '{part}' 的部分{near}；现有：{'、'.join(parts)}"), str(run.folder.path))
     for name in ("test", "valid") if part is None else (part,):
         folder = run.folder.file(f"data/{name}")
-        if name in ("train", "valid", "test") and folder.is_dir() and len(store := Store(folder)):
+        if folder.is_dir() and len(store := Store(folder)):
             return store, {"part": name, "data": []}
     what = (
         tr("neither test nor valid", "test 和 valid 都")

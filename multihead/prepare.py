@@ -21,10 +21,10 @@ from multihead import recipe as recipes
 from multihead import strict_yaml
 from multihead.data.rows import Row, Rows, open_rows
 from multihead.data.store import Store, StoreWriter
-from multihead.dealing import PARTS, Dealt, PartRows, Tick, conflicts, count, deal, refuse_many, refuse_none
+from multihead.dealing import PARTS, Dealt, PartRows, Tick, conflicts, count, deal, names, refuse_many, refuse_none
 from multihead.errors import Problem, UserError, tr
 from multihead.recipe import Data, Recipe
-from multihead.run import RECIPE, RunFolder, file_hash, fsync_folder, write_json, writing
+from multihead.run import RECIPE, WEIGHTS, RunFolder, file_hash, fsync_folder, write_json, writing
 from multihead.task import Task, find
 
 REPORT = "data/report.json"
@@ -33,6 +33,8 @@ FAULTS = 100
 MAY_CHANGE = ("serve.", "evaluate.", "train.log_every", "train.save_every", "train.keep", "train.device",
               "train.tensorboard")
 """Keys that a resumed run may change: they touch neither the data nor the weights."""
+AFTER_PREPARE = ("name", "model.", "train.")
+"""Keys that what is prepared does not depend on."""
 
 
 def run_step(
@@ -61,12 +63,13 @@ def begin(
     """
     recipe = recipes.load(path, overrides, find=find)
     task = make_task(recipe, Path(path).parent)
-    folder = claim(recipe, Path(run) if run else Path("runs") / recipe.name, restart)
+    folder = RunFolder.create(Path(run) if run else Path("runs") / recipe.name)
     with folder.lock():
         try:
-            report = None if restart else prepared(folder, recipe, task)
+            anew = restart or not claim(folder, recipe)
+            report = None if anew else prepared(folder, task)
             if report is None:
-                report = prepare(recipe, task, folder, tick, restart)
+                report = prepare(recipe, task, folder, tick, anew)
             else:
                 folder.write_atomic(RECIPE, recipe.dump())
         except BaseException:
@@ -98,7 +101,11 @@ def prepare(
     tick = tick or (lambda rows: None)
     sources = _open_all(recipe.data, task, folder.path)
     dealt = deal(recipe, task, sources, tick)
-    task.fit(PartRows(dealt["train"], "train"))
+    try:
+        task.fit(PartRows(dealt["train"], "train"))
+    except UserError as error:
+        where = names(sources["train"])
+        raise UserError.many([Problem(p.message, p.where or where) for p in error.problems]) from None
     work = folder.file(f".prepare.tmp-{os.getpid()}")
     try:
         with writing(folder.path, tr("the prepared data", "准备好的数据")):
@@ -200,13 +207,14 @@ def describe(task: Task, store: Store) -> dict[str, Any]:
     return found | task.describe(store)
 
 
-def prepared(folder: RunFolder, recipe: Recipe, task: Task) -> dict[str, Any] | None:
+def prepared(folder: RunFolder, task: Task) -> dict[str, Any] | None:
     """The report of an earlier preparation of this run, with the task's codecs loaded; None where there is none.
 
-    Also None, after a word on stderr, where what was prepared is no longer whole: the same data gives the same again.
+    Also None where the data files have changed since and nothing is trained yet, and, after a word on stderr, where
+    what was prepared is no longer whole: the same data gives the same again.
 
     Raises:
-        UserError: where the data files are no longer the ones that were prepared.
+        UserError: where the run was trained on data files that have changed since.
     """
     path = folder.file(REPORT)
     if not path.is_file():
@@ -222,6 +230,8 @@ def prepared(folder: RunFolder, recipe: Recipe, task: Task) -> dict[str, Any] | 
         return None
     since = path.stat().st_mtime_ns
     changed = [name for name, then in report["data"].items() if _changed(Path(name), then, since)]
+    if changed and not _trained(folder):
+        return None
     if changed:
         raise UserError(
             tr(f"the data of this run has changed since it was prepared: {', '.join(changed)}; "
@@ -258,18 +268,14 @@ def _changed(path: Path, then: Mapping[str, Any], since: int) -> bool:
 # -- the run folder ----------------------------------------------------------------------------------------------------
 
 
-def claim(recipe: Recipe, path: Path, restart: bool = False) -> RunFolder:
-    """The run folder for `recipe`: a new one, or the one that an earlier run of the same recipe left.
-
-    Args:
-        restart: take the folder of any run, which ``prepare`` is then to replace.
+def claim(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether what is prepared in `folder`, if anything is, serves `recipe`; where nothing is trained yet, it need not.
 
     Raises:
-        UserError: where the folder belongs to another recipe; it lists what differs.
+        UserError: where the folder holds what another recipe has trained; it lists what differs.
     """
-    folder = RunFolder.create(path)
-    if restart or not folder.exists():
-        return folder
+    if not folder.exists():
+        return True
     try:
         then = strict_yaml.read(folder.file(RECIPE), []).values
     except UserError as error:
@@ -279,13 +285,18 @@ def claim(recipe: Recipe, path: Path, restart: bool = False) -> RunFolder:
                            f"{fault.message}。本次训练的配方已损坏：请用 --run 另选文件夹，"
                            "或加 --restart 删除旧的训练并重新开始"), fault.where) from None
     changed = [d for d in differences(then, recipe.plain()) if not d.startswith(MAY_CHANGE)]
-    if changed:
+    if changed and _trained(folder):
         raise UserError(
             tr("this run folder belongs to a recipe that differs: " + "; ".join(changed[:12]) +
                ". Choose another folder with --run, or add --restart to remove this run and begin anew",
                "这个训练文件夹属于另一份配方，不同之处：" + "；".join(changed[:12]) +
-               "。请用 --run 另选文件夹，或加 --restart 删除旧的训练并重新开始"), str(path))
-    return folder
+               "。请用 --run 另选文件夹，或加 --restart 删除旧的训练并重新开始"), str(folder.path))
+    return all(d.startswith(AFTER_PREPARE) for d in changed)
+
+
+def _trained(folder: RunFolder) -> bool:
+    """Whether there is something that took time to learn."""
+    return folder.file(WEIGHTS).exists() or any(folder.file("checkpoints").glob("step-*"))
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:

@@ -403,6 +403,7 @@ def test_what_is_damaged_is_prepared_again(project: Path, name: str, capsys: pyt
 def test_data_that_has_changed_is_noticed_by_content(project: Path) -> None:
     run, data = project / "run", project / "a.jsonl"
     prepare.run_step(project / "r.yaml", run=run)
+    (run / "model.safetensors").write_bytes(b"weights")
     before, old = tree(run), data.read_bytes()
     os.utime(data)
     prepare.run_step(project / "r.yaml", run=run)  # touched, and the same
@@ -433,6 +434,7 @@ def test_a_failing_restart_loses_nothing(project: Path) -> None:
 def test_a_run_of_another_recipe_is_not_touched(project: Path) -> None:
     run = project / "run"
     prepare.run_step(project / "r.yaml", run=run)
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
     before = tree(run)
     with pytest.raises(UserError, match=r"seed: 0 → 1; train\.lr: 0\.001 → 0\.5.*--run.*--restart"):
         prepare.run_step(project / "r.yaml", ["seed=1", "train.lr=0.5", "serve.port=1"], run=run)
@@ -441,6 +443,20 @@ def test_a_run_of_another_recipe_is_not_touched(project: Path) -> None:
     (run / "recipe.yaml").write_text("{")
     with pytest.raises(UserError, match=r"recipe\.yaml:1: .*damaged.*--restart"):
         prepare.run_step(project / "r.yaml", run=run)
+
+
+def test_before_training_a_recipe_and_its_data_may_change(project: Path) -> None:
+    run, recipe = project / "run", project / "r.yaml"
+    prepare.run_step(recipe, run=run)
+    stat = (run / "data/report.json").stat()
+    prepare.run_step(recipe, ["train.lr=0.5", "model.d_model=8"], run=run)
+    assert (run / "data/report.json").stat() == stat and "lr: 0.5" in (run / "recipe.yaml").read_text()
+    jsonl(project / "a.jsonl", some_rows(30, seed=5))
+    for overrides in ([], ["seed=3"]):
+        prepare.run_step(recipe, overrides, run=run)
+        shutil.rmtree(project / "fresh", ignore_errors=True)
+        prepare.run_step(recipe, overrides, run=project / "fresh")
+        assert tree(run) == tree(project / "fresh")
 
 
 def test_nothing_is_left_of_a_preparation_that_failed(project: Path) -> None:
@@ -466,7 +482,7 @@ def test_a_full_disk_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_each_part_reads_its_own_file_and_counts_are_those_of_the_rows(tmp_path: Path) -> None:
     files = {p: jsonl(tmp_path / f"{p}.jsonl", some_rows(20, seed=i)) for i, p in enumerate(PARTS)}
-    report = prepared(recipe_of(**files, deduplicate=False), tmp_path / "run")
+    report = prepared(recipe_of(0, **files, deduplicate=False), tmp_path / "run")
     for part in PARTS:
         wanted = Counter(json.loads(line)["text"] for line in Path(files[part]).read_text().splitlines())
         assert Counter(texts(tmp_path / "run", part)) == wanted and report["parts"][part]["rows"] == 20

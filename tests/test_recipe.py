@@ -250,8 +250,8 @@ def test_every_fault_at_once_each_with_its_line(tmp_path: Path) -> None:
         assert name == str(path)
         said[int(line)] = said.get(int(line), "") + problem.message
     assert sorted(said) == sorted(EXPECTED)
-    for line, words in EXPECTED.items():
-        assert all(word in said[line] for word in words), (line, said[line])
+    for number, words in EXPECTED.items():
+        assert all(word in said[number] for word in words), (number, said[number])
 
 
 def test_faults_of_options_the_base_and_the_command_line_have_their_own_places(tmp_path: Path) -> None:

@@ -206,8 +206,10 @@ class _Decoder:
             raise self._undecodable(begin + error.start, self.line + before,
                                     error.object[error.start:error.start + 4]) from None
         except UnicodeError as error:
-            raise UserError(tr(f"cannot be read as {self._encoding}: {error}",
-                               f"无法按 {self._encoding} 读取：{error}"), where=f"{self.name}:{self.line}") from None
+            raise UserError(tr(f"cannot be read as {self._encoding}: {error}; set data.encoding to what it is, or "
+                               "leave it out and it is found from the content",
+                               f"无法按 {self._encoding} 读取：{error}；请把 data.encoding 设为实际的编码，"
+                               "或不写，由内容自动判断"), where=f"{self.name}:{self.line}") from None
         self.offset += len(data)
         return text
 
