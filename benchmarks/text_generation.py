@@ -42,7 +42,7 @@ from multihead.train import Trainer
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "language" / "tinyshakespeare.yaml"
 DATA = Path(os.environ.get("MULTIHEAD_DATA", "../shared/data")) / "tinyshakespeare" / "input.txt"
 TARGET, SHARE, FINAL = 1.88, 0.25, 1.65
-TURNS = 40  # expected turns of each side
+TURNS = 40  # expected turns of each side, at full budget
 FULL_MINUTES = 10.0
 PEER: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64}
 PEER_TRAIN: dict[str, Any] = {"steps": 2000, "batch": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup": 100,
@@ -196,18 +196,19 @@ def main() -> int:
                 ours = Ours(trainer, log)
                 print(f"peer: {steps} steps, {threads} threads, about {expected:.0f} s. ours: {trainer.steps} steps, "
                       f"{ours.threads} threads, {str(trainer.precision).removeprefix('torch.')}", flush=True)
-                courses = compete(peer, ours, expected / TURNS)
+                courses = compete(peer, ours, expected, max(8, round(TURNS * steps / PEER_TRAIN["steps"])))
     return report(args, *courses, peer_steps=steps, our_steps=trainer.steps, threads=[threads, ours.threads],
                   recipe=recipe.plain())
 
 
-def compete(peer: Peer, ours: Ours, seconds: float) -> tuple[Course, Course]:
-    """Turns until the peer is through; ours stops at the peer's time. Both are validated after every turn at the start
-    and towards the end, where a loss is expected to be reached, and after every fourth between."""
-    a, b, turns = Course(), Course(), 0
+def compete(peer: Peer, ours: Ours, expected: float, turns: int) -> tuple[Course, Course]:
+    """`turns` turns of an expected time, until the peer is through; ours stops at the peer's time. Both are validated
+    after every turn at the start and towards the end, where a loss is expected to be reached, and after every fourth
+    between."""
+    a, b, now, seconds = Course(), Course(), 0, expected / turns
     while not peer.done:
-        turns += 1
-        look = turns <= TURNS // 4 or turns >= TURNS * 3 // 4 or turns % 4 == 0
+        now += 1
+        look = now <= turns // 4 or now >= turns * 3 // 4 or now % 4 == 0
         turn(peer, a, seconds, look)
         if not ours.done:
             turn(ours, b, min(seconds, a.seconds - b.seconds), look or peer.done)
