@@ -320,8 +320,8 @@ def _findings(report: dict[str, Any]) -> list[str]:
                 f"重复的行：{copies['copies']:,}（{dropped}）；同时出现在后一部分的行：{copies['leaks']:,}（已去除）")]
     if conflicts.get("identities"):
         count, rows = f"{conflicts['identities']:,}", f"{conflicts['rows']:,}"
-        lines.append(tr(f"rows that contradict each other, the same but for their target: {rows}, of {count} kinds",
-                        f"互相矛盾的行（内容相同而目标不同）：{rows} 行，{count} 种"))
+        lines.append(tr(f"inputs that stand with different targets: {count} ({rows} rows)",
+                        f"同样的内容却有不同目标：{count} 种，共 {rows} 行"))
         for group in conflicts["examples"][:5]:
             told = (f"{r['where']} ({', '.join(map(str, r['target'].values()))})" for r in group)
             lines.append("  " + " ≠ ".join(told))

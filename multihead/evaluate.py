@@ -244,7 +244,7 @@ def _held_out(run: Any, part: str | None) -> tuple[Store, dict[str, Any]]:
     parts = ("train", "valid", "test")
     if part is not None and part not in parts:
         near = nearest(part, parts)
-        raise UserError(tr(f"no part is called '{part}'{near}; there are: {', '.join(parts)}; or give a file with --data",
+        raise UserError(tr(f"no part is called '{part}'{near}; there are: {', '.join(parts)}; or give --data",
                            f"没有名为 '{part}' 的部分{near}；现有：{'、'.join(parts)}；也可用 --data 给出文件"),
                         str(run.folder.path))
     for name in ("test", "valid") if part is None else (part,):

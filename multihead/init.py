@@ -21,10 +21,15 @@ from multihead.transformer.config import TransformerConfig
 
 TRAIN = ("steps", "minutes", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "ema",
          "early_stop")
+SHAPE = ("d_model", "num_layers", "num_heads", "dropout")
 MODEL = {
     "d_model": ("width of the vectors", "向量宽度"),
     "num_layers": ("blocks", "层数"),
     "num_heads": ("attention heads", "注意力头数"),
+    "ngrams": ("lengths of runs of tokens that get an embedding of their own", "额外加入嵌入的 n 元组长度"),
+    "ngram_buckets": ("rows of each table of n-grams", "每个 n 元组表的行数"),
+    "max_length": ("longest sequence", "最长序列"),
+    "positions": ("rotary, learned, sinusoidal or none", "位置编码：rotary、learned、sinusoidal 或 none"),
     "dropout": ("share of values set to zero in training, against overfitting", "训练时随机置零的比例，防止过拟合"),
 }
 
@@ -88,7 +93,7 @@ def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[
         lines += ["", "options:"]
         lines += _section(kind.Options, {}, list(kind.Options.model_fields))
     preferred = kind.defaults.get("model", {})
-    shape = {**{name: getattr(TransformerConfig(), name) for name in MODEL}, **preferred}
+    shape = {**{name: getattr(TransformerConfig(), name) for name in SHAPE}, **preferred}
     lines += ["", "model:"]
     lines += [_line(name, value, tr(*MODEL[name]) if name in MODEL else "") for name, value in shape.items()]
     trained = kind.defaults.get("train", {})

@@ -94,6 +94,8 @@ class Train(Section):
     """Rows at once; fewer than `batch_size` accumulates gradients, exactly.
     一次计算的行数；小于 batch_size 时累积梯度，结果完全一致。"""
     optimizer: Literal["muon", "adamw"] = "adamw"
+    """muon trains the 2-D weights, with AdamW beside it for the others; adamw trains all.
+    muon 训练二维权重，其余由 AdamW 训练；adamw 训练全部权重。"""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate.
     学习率。"""
@@ -101,11 +103,15 @@ class Train(Section):
     """Learning rate of the 2-D weights that Muon trains.
     由 Muon 训练的二维权重的学习率。"""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Share by which weights shrink, times the learning rate, at each step.
+    权重衰减：每一步按它与学习率之积缩小权重。"""
     betas: tuple[Share, Share] = (0.9, 0.99)
     warmup: int | float = Field(default=0.05, ge=0)
     """Steps of linear warm-up, or (below 1) a share of all steps.
     线性预热的步数；小于 1 时为总步数的比例。"""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up.
+    预热之后学习率如何下降。"""
     min_lr: float = Field(default=0.05, ge=0, le=1)
     """Share of the learning rate that is left at the end.
     结束时剩余的学习率比例。"""
@@ -126,6 +132,8 @@ class Train(Section):
     """Checkpoints kept.
     保留的检查点个数。"""
     early_stop: EarlyStop | None = None
+    """Such as {metric: loss, patience: 5}: end where validation gets no better.
+    例如 {metric: loss, patience: 5}：验证指标不再改善时提前结束。"""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     device: str = "auto"

@@ -189,7 +189,8 @@ def dump(values: Any) -> str:
 
 def inline(value: Any) -> str:
     """One value on one line: ``0.001``, ``[a, b]``, ``'012'``."""
-    text = yaml.dump(value, Dumper=_Inline, allow_unicode=True, default_flow_style=True, width=float("inf"))
+    text = yaml.dump(value, Dumper=_Inline, allow_unicode=True, default_flow_style=True, sort_keys=False,
+                     width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -85,15 +85,20 @@ class TextGeneration(Task):
 
     class Options(base.Options):
         tokenizer: Literal["bpe", "char"] = "bpe"
-        """bpe: byte-level pairs, any language, nothing is unknown. char: one token a character."""
+        """bpe: byte-level pairs, any language, nothing is unknown. char: one token a character.
+        bpe：字节级词片，适合任何语言，没有未知字符；char：每个字符一个词元。"""
         vocab_size: int = Field(8000, ge=260)
-        """Size of the BPE vocabulary; the characters of the training text decide where the tokenizer is char."""
+        """Size of the BPE vocabulary; with char, the characters of the training text decide.
+        BPE 词表大小；char 时由训练文本的字符决定。"""
         context: int = Field(256, ge=2)
-        """Tokens in one training window."""
+        """Tokens in one training window.
+        一个训练窗口的词元数。"""
         tied: bool = True
-        """Share the token embedding with the output."""
+        """Share the token embedding with the output.
+        输入与输出共用词嵌入。"""
         prompts: list[str] = []
-        """Texts that the report goes on with, to show what the model writes."""
+        """Texts that the report goes on with, to show what the model writes.
+        报告中让模型续写的开头。"""
 
     codec: TextCodec
 
