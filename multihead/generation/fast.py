@@ -1,9 +1,9 @@
 """A copy of a model made for decoding on a CPU: the same numbers with packed weights and few calls a token.
 
-A token's cost is reading the weights once and calling some hundred kernels. So the weights lie in the order in which
-oneDNN's kernels read them (in bfloat16 where the CPU multiplies it), each linear map takes the addition, activation or
-product behind it along, rotary positions are one complex product, and one query looks at its past by two batched
-matrix products, since torch's fused attention is made for many queries. `PackedTrunk` is the fast twin of `Trunk`.
+A token's cost is reading the weights once and calling some hundred kernels. So the weights are packed for the fastest
+kernel, in 16 bits where that is allowed (`packing.py`); rotary positions are one complex product; one query looks at
+its past by two batched matrix products, since torch's fused attention is made for many queries. `PackedTrunk` is the
+fast twin of `Trunk`; activations and caches stay float32.
 
 Legend: B rows, T new positions, N = B·T of these, S positions looked at, C positions that there is room for, L layers,
 D d_model, H heads, K key/value heads, X = H + 2·K, G = H / K queries a key, Y = B·K, E head width, F feed-forward
@@ -13,109 +13,77 @@ width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multihead.runtime.device import choose_precision
+from multihead.errors import UserError, tr
+from multihead.generation.packing import Change, Map, Packing
+from multihead.runtime.device import fast_bf16
 from multihead.transformer.cache import Cache, Step
 from multihead.transformer.trunk import Attention, Block, Trunk, attention_mask
 
 Model = TypeVar("Model", bound=nn.Module)
-Change = Callable[[Tensor], Tensor]
 
 
-def prepared(model: Model, precision: str = "auto") -> Model:
+def prepared(model: Model, precision: str = "auto", rows: int | None = None) -> Model:
     """A copy of `model` for inference: the same ``start``, ``step`` and ``forward``, several times faster on a CPU.
 
-    It is a snapshot: it does not follow the model's later training, and it is not for saving. A model prepared already
-    comes back as it is.
+    It is a snapshot: it does not follow the model's later training, and it is not for saving. A model prepared already,
+    or one on another device than the CPU, comes back as it is.
 
     Args:
-        precision: "float32"; "bf16": weights, activations and cache in bfloat16, half the memory to read; "auto":
-            bfloat16 where the device multiplies it fast, else float32.
+        precision: "float32"; "half": weights in float16 where few rows are multiplied, else weights and the products'
+            inputs in bfloat16; "auto": half on CPUs that multiply bfloat16 fast, else float32.
+        rows: how many rows will be decoded at once, where it is known: only the kernel that this wants is kept, at half
+            the memory. With None the copy holds both, which is 8 (half: 4) bytes a weight.
     """
-    if any(isinstance(module, PackedTrunk) for module in model.modules()):
-        return model
     device = next(model.parameters()).device
-    dtype = choose_precision(precision, device)
-    if device.type != "cpu":
-        return copy.deepcopy(model).to(dtype).eval()
+    if device.type != "cpu" or any(isinstance(module, PackedTrunk) for module in model.modules()):
+        return model
+    if precision not in ("auto", "half", "float32"):
+        raise UserError(tr(
+            f"precision is {precision!r}; it must be auto, half or float32",
+            f"precision 是 {precision!r}，应为 auto、half 或 float32",
+        ))
+    half = precision == "half" or (precision == "auto" and fast_bf16(device))
     with torch.no_grad():
-        return cast(Model, _twin(model, dtype))
+        return cast(Model, _twin(model, Packing(half, rows)))
 
 
-def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with its trunks and linear maps packed; other parameters in `dtype`, shared where it is theirs."""
+def _twin(module: nn.Module, packing: Packing) -> nn.Module:
+    """The module with its trunks and linear maps packed; what else it has is shared with the copy."""
     if isinstance(module, Trunk):
-        return PackedTrunk(module, dtype)
+        return PackedTrunk(module, packing)
     if type(module) is nn.Linear:
-        return PackedLinear(module, dtype)
+        return PackedLinear(module, packing)
     twin = copy.copy(module)
     twin.training = False
-    twin._modules = {name: None if child is None else _twin(child, dtype) for name, child in module._modules.items()}
-    twin._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().to(dtype), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    twin._buffers = {
-        name: b.to(dtype) if b is not None and b.is_floating_point() else b for name, b in module._buffers.items()
-    }
+    twin._modules = {name: None if child is None else _twin(child, packing) for name, child in module._modules.items()}
+    if any(p is not None and p.dtype != torch.float32 for p in module._parameters.values()):
+        twin._parameters = {
+            name: None if p is None else nn.Parameter(p.detach().float(), requires_grad=False)
+            for name, p in module._parameters.items()
+        }
     return twin
-
-
-# ---- linear maps -----------------------------------------------------------------------------------------------------
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-ROWS = 16  # the number of rows the packing is chosen for; others work, and one is as fast
-THEN: dict[str, Change] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "swish": F.silu}
-if ONEDNN:
-    _unary = torch.ops.mkldnn._linear_pointwise.default
-    _binary = torch.ops.mkldnn._linear_pointwise.binary
-
-
-class Map(NamedTuple):
-    """A linear map ready for use: weight (out, in) as the kernels want it, and bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Map:
-        weight = weight.detach().to(dtype).contiguous()
-        if ONEDNN:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        return cls(weight, None if bias is None else bias.detach().to(dtype))
-
-
-def linear(x: Tensor, a: Map, then: str = "none") -> Tensor:
-    """x Aᵀ + b, then "none", "relu", "gelu" or "swish" of it."""
-    if ONEDNN:
-        return _unary(x, a.weight, a.bias, then, [], "none" if then == "gelu" else "")
-    return THEN[then](F.linear(x, a.weight, a.bias))
-
-
-def linear_with(x: Tensor, a: Map, other: Tensor, how: str) -> Tensor:
-    """x Aᵀ + b, to which `other` is added ("add") or by which it is multiplied ("mul")."""
-    if ONEDNN:
-        return _binary(x, other, a.weight, a.bias, how)
-    y = F.linear(x, a.weight, a.bias)
-    return y + other if how == "add" else y * other
 
 
 class PackedLinear(nn.Module):
     """A linear map outside the trunk (the head): (…, in) → (…, out)."""
 
-    def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Linear, packing: Packing) -> None:
         super().__init__()
-        self.map = Map.of(module.weight, module.bias, dtype)
+        self.map = packing(module.weight, module.bias)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.map)
+        if x.dim() == 2:
+            return self.map(x)
+        return self.map(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 # ---- the trunk -------------------------------------------------------------------------------------------------------
@@ -123,7 +91,7 @@ class PackedLinear(nn.Module):
 
 @dataclass(slots=True)
 class Look:
-    """The weights of one attention."""
+    """One attention."""
 
     norm: Change
     inward: Map
@@ -137,12 +105,11 @@ class Look:
 
 @dataclass(slots=True)
 class Layer:
-    """The weights of one block."""
+    """One block."""
 
     attention: Look
     cross: Look | None
     norm: Change
-    gate: Map | None
     up: Map
     down: Map
 
@@ -150,48 +117,45 @@ class Layer:
 class PackedTrunk(nn.Module):
     """What `Trunk` computes, from packed weights: x (B, T, D) → (B, T, D), with or without a cache."""
 
-    def __init__(self, trunk: Trunk, dtype: torch.dtype) -> None:
+    def __init__(self, trunk: Trunk, packing: Packing) -> None:
         super().__init__()
-        self.config, self.causal, self.dtype = trunk.config, trunk.causal, dtype
+        self.config, self.causal, self.packing = trunk.config, trunk.causal, packing
         self.before = trunk.config.norm_position == "before"
-        self.activation = {"swiglu": "none", "relu2": "relu"}.get(trunk.config.activation, trunk.config.activation)
         self.layers = [self._layer(block) for block in trunk.blocks if isinstance(block, Block)]
-        self.norm = None if trunk.norm is None else norm_of(trunk.norm, dtype)
+        self.norm = None if trunk.norm is None else norm_of(trunk.norm)
         self.turns_TE = None
         if trunk.angles_T2E is not None:
-            cos_TE, sin_TE = trunk.angles_T2E.unbind(1)
+            cos_TE, sin_TE = trunk.angles_T2E.float().unbind(1)
             self.turns_TE = torch.complex(cos_TE.contiguous(), sin_TE.contiguous())
         self.eval()
 
     def _layer(self, block: Block) -> Layer:
-        up, gate = block.feed_forward.up, None
-        weight: Tensor = up.weight
-        bias: Tensor | None = up.bias
-        if self.config.activation == "swiglu":
-            gate_weight, weight = weight.chunk(2)
-            gate_bias, bias = (None, None) if bias is None else bias.chunk(2)
-            gate = Map.of(gate_weight, gate_bias, self.dtype)
+        up, down = block.feed_forward.up, block.feed_forward.down
         return Layer(
             self._look(block.attention, block.attention_norm),
             None if block.cross is None or block.cross_norm is None else self._look(block.cross, block.cross_norm),
-            norm_of(block.feed_forward_norm, self.dtype),
-            gate,
-            Map.of(weight, bias, self.dtype),
-            Map.of(block.feed_forward.down.weight, block.feed_forward.down.bias, self.dtype),
+            norm_of(block.feed_forward_norm, scaled=not self.before),
+            self.packing(self._folded(up.weight, block.feed_forward_norm), up.bias),
+            self.packing(down.weight, down.bias),
         )
 
     def _look(self, attention: Attention, norm: nn.Module) -> Look:
         cross = hasattr(attention, "kv")
         inward = attention.q if cross else attention.qkv
         heads = attention.heads + attention.kv_heads if self.config.positions == "rotary" and not cross else 0
+        weight, bias = in_pairs(inward, heads, attention.head_size)
         return Look(
-            norm_of(norm, self.dtype),
-            Map.of(*in_pairs(inward, heads, attention.head_size), self.dtype),
-            Map.of(attention.out.weight, attention.out.bias, self.dtype),
-            None if attention.q_norm is None else norm_of(attention.q_norm, self.dtype, heads > 0),
-            None if attention.k_norm is None else norm_of(attention.k_norm, self.dtype, heads > 0),
-            Map.of(attention.kv.weight, attention.kv.bias, self.dtype) if cross else None,
+            norm_of(norm, scaled=not self.before),
+            self.packing(self._folded(weight, norm), bias),
+            self.packing(attention.out.weight, attention.out.bias),
+            None if attention.q_norm is None else norm_of(attention.q_norm, paired=heads > 0),
+            None if attention.k_norm is None else norm_of(attention.k_norm, paired=heads > 0),
+            self.packing(attention.kv.weight, attention.kv.bias) if cross else None,
         )
+
+    def _folded(self, weight: Tensor, norm: nn.Module) -> Tensor:
+        """The weight behind an RMSNorm takes over that norm's scale, which saves a call."""
+        return weight * scale_of(norm) if self.before and isinstance(norm, nn.RMSNorm) else weight
 
     def forward(
         self,
@@ -217,13 +181,13 @@ class PackedTrunk(nn.Module):
         x_ND = x_BTD.reshape(B * T, D)
         for i, layer in enumerate(self.layers):
             look = layer.attention
-            qkv_NX = linear(look.norm(x_ND) if self.before else x_ND, look.inward)
-            qkv_BTXE = self._inward(qkv_NX, look, B, T, turns_BTXE)
-            y_NX = past.attend(i, qkv_BTXE, config.num_heads, config.kv_heads, self.dtype)
-            x_ND = linear_with(y_NX, look.outward, x_ND, "add")
+            qkv_NX = look.inward(look.norm(x_ND) if self.before else x_ND)
+            qkv_BTXE = self._heads(qkv_NX, look, B, T, turns_BTXE)
+            x_ND = x_ND + look.outward(past.attend(i, qkv_BTXE, config.num_heads, config.kv_heads))
             x_ND = x_ND if self.before else look.norm(x_ND)
             if layer.cross is not None:
-                x_ND = self._over(x_ND, i, layer.cross, B, T, memory, memory_mask, cache)
+                kv = self._memory(i, layer.cross, memory, cache)
+                x_ND = self._over(x_ND, layer.cross, B, T, kv, memory_mask)
             x_ND = self._feed_forward(x_ND, layer)
         return (x_ND if self.norm is None else self.norm(x_ND)).view(B, T, D)
 
@@ -236,54 +200,52 @@ class PackedTrunk(nn.Module):
         turned = turns_BTE[:, :, None].expand(b, T, self.config.num_heads + self.config.kv_heads, half)
         return torch.cat((turned, turns_BTE.new_ones(b, T, self.config.kv_heads, half)), dim=2)
 
-    def _inward(self, qkv_NX: Tensor, look: Look, B: int, T: int, turns_BTXE: Tensor | None) -> Tensor:
+    def _heads(self, qkv_NX: Tensor, look: Look, B: int, T: int, turns_BTXE: Tensor | None) -> Tensor:
         """Queries, keys and values of the heads, normed and rotated: (B, T, X, E)."""
         H, K, E = self.config.num_heads, self.config.kv_heads, self.config.head_size
-        qkv_BTXE = qkv_NX.view(B, T, H + 2 * K, E)
         if look.q_norm is not None and look.k_norm is not None:
-            q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((H, K, K), dim=2)
-            qkv_BTXE = torch.cat((look.q_norm(q_BTHE), look.k_norm(k_BTKE), v_BTKE), dim=2)
+            q_BTHE, k_BTKE, v_BTKE = qkv_NX.view(B, T, H + 2 * K, E).split((H, K, K), dim=2)
+            qkv_NX = torch.cat((look.q_norm(q_BTHE), look.k_norm(k_BTKE), v_BTKE), dim=2)
         if turns_BTXE is None:
-            return qkv_BTXE
-        pairs_BTXE = torch.view_as_complex(qkv_BTXE.float().view(B, T, H + 2 * K, E // 2, 2))
-        return torch.view_as_real(pairs_BTXE * turns_BTXE).flatten(3)
+            return qkv_NX.view(B, T, H + 2 * K, E)
+        pairs_BTXE = torch.view_as_complex(qkv_NX.view(B, T, H + 2 * K, E // 2, 2)) * turns_BTXE
+        return torch.view_as_real(pairs_BTXE).flatten(3)
+
+    def _memory(self, i: int, look: Look, memory: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory for layer `i`, each (B, K, S, E), worked out once a sequence."""
+        if cache is not None and (known := cache.cross[i]) is not None:
+            return known
+        assert memory is not None and look.memory is not None
+        K, E = self.config.kv_heads, self.config.head_size
+        k_BSKE, v_BSKE = look.memory(memory.flatten(0, 1)).view(len(memory), -1, 2, K, E).unbind(2)
+        k_BSKE = k_BSKE if look.k_norm is None else look.k_norm(k_BSKE)
+        kv = k_BSKE.transpose(1, 2).contiguous(), v_BSKE.transpose(1, 2).contiguous()
+        if cache is not None:
+            cache.cross[i] = kv
+        return kv
 
     def _over(
-        self,
-        x_ND: Tensor,
-        i: int,
-        look: Look,
-        B: int,
-        T: int,
-        memory: Tensor | None,
-        memory_mask: Tensor | None,
-        cache: Cache | None,
+        self, x_ND: Tensor, look: Look, B: int, T: int, kv: tuple[Tensor, Tensor], memory_mask: Tensor | None
     ) -> Tensor:
-        """Cross-attention of layer `i`, with its norm and residual."""
-        H, K, E = self.config.num_heads, self.config.kv_heads, self.config.head_size
-        kv = None if cache is None else cache.cross[i]
-        if kv is None:
-            assert memory is not None and look.memory is not None
-            kv_B2SKE = linear(memory.flatten(0, 1), look.memory).view(B, -1, 2, K, E)
-            k_BSKE, v_BSKE = kv_B2SKE.unbind(2)
-            k_BSKE = k_BSKE if look.k_norm is None else look.k_norm(k_BSKE)
-            kv = k_BSKE.transpose(1, 2).contiguous(), v_BSKE.transpose(1, 2).contiguous()
-            if cache is not None:
-                cache.cross[i] = kv
-        q_BTHE = linear(look.norm(x_ND) if self.before else x_ND, look.inward).view(B, T, H, E)
+        """Cross-attention with its norm and residual."""
+        q_NX = look.inward(look.norm(x_ND) if self.before else x_ND)
+        q_BTHE = q_NX.view(B, T, self.config.num_heads, self.config.head_size)
         q_BTHE = q_BTHE if look.q_norm is None else look.q_norm(q_BTHE)
         y_NX = fused(q_BTHE, *kv, None if memory_mask is None else memory_mask[:, None, None], causal=False)
-        x_ND = linear_with(y_NX, look.outward, x_ND, "add")
+        x_ND = x_ND + look.outward(y_NX)
         return x_ND if self.before else look.norm(x_ND)
 
     def _feed_forward(self, x_ND: Tensor, layer: Layer) -> Tensor:
-        h_ND = layer.norm(x_ND) if self.before else x_ND
-        if layer.gate is not None:
-            h_NF = linear_with(h_ND, layer.up, linear(h_ND, layer.gate, "swish"), "mul")
+        h_NF = layer.up(layer.norm(x_ND) if self.before else x_ND)
+        kind = self.config.activation
+        if kind == "swiglu":
+            gate_NF, value_NF = h_NF.chunk(2, dim=1)
+            h_NF = F.silu(gate_NF).mul_(value_NF)
+        elif kind == "gelu":
+            h_NF = F.gelu(h_NF)
         else:
-            h_NF = linear(h_ND, layer.up, self.activation)
-            h_NF = h_NF.square() if self.config.activation == "relu2" else h_NF
-        x_ND = linear_with(h_NF, layer.down, x_ND, "add")
+            h_NF = F.relu(h_NF).square_() if kind == "relu2" else F.relu(h_NF)
+        x_ND = x_ND + layer.down(h_NF)
         return x_ND if self.before else layer.norm(x_ND)
 
 
@@ -301,20 +263,34 @@ def in_pairs(module: nn.Linear, heads: int, head_size: int) -> tuple[Tensor, Ten
     return reorder(module.weight), None if module.bias is None else reorder(module.bias)
 
 
-def norm_of(module: nn.Module, dtype: torch.dtype, paired: bool = False) -> Change:
-    """RMSNorm or LayerNorm as a function; with `paired`, for heads whose rows ``in_pairs`` has reordered."""
+def scale_of(norm: nn.RMSNorm) -> Tensor:
+    """What x / ‖(x, √(D·eps))‖ is to be multiplied by: the norm's weight times √D."""
+    return norm.weight.detach().float() * math.sqrt(norm.weight.numel())
 
-    def ready(p: Tensor | None) -> Tensor | None:
-        if p is None:
-            return None
-        return (p.detach().view(2, -1).T.flatten() if paired else p.detach()).to(dtype)
 
-    size = (module.weight.numel(),)  # type: ignore[operator]
-    weight, eps = ready(module.weight), module.eps  # type: ignore[arg-type]
+def norm_of(module: nn.Module, scaled: bool = True, paired: bool = False) -> Change:
+    """RMSNorm or LayerNorm as a function.
+
+    Args:
+        scaled: an RMSNorm's scale is in here, and not in the next weight.
+        paired: for heads whose rows ``in_pairs`` has reordered.
+    """
+
+    def ready(p: Tensor) -> Tensor:
+        return (p.view(2, -1).T.flatten() if paired else p).detach().float()
+
     if isinstance(module, nn.RMSNorm):
-        return lambda x: F.rms_norm(x, size, weight, eps)  # type: ignore[arg-type]
-    bias = ready(module.bias)  # type: ignore[arg-type]
-    return lambda x: F.layer_norm(x, size, weight, bias, eps)  # type: ignore[arg-type]
+        scale = ready(scale_of(module))
+        # torch takes six calls to an RMSNorm on a CPU; this is three.
+        root = torch.tensor(math.sqrt(scale.numel() * (module.eps or 0.0)))
+        norm, hypot = torch.linalg.vector_norm, torch.hypot
+        if scaled:
+            return lambda x: x / hypot(norm(x, dim=-1, keepdim=True), root) * scale
+        return lambda x: x / hypot(norm(x, dim=-1, keepdim=True), root)
+    assert isinstance(module, nn.LayerNorm)
+    weight, bias = ready(module.weight), None if module.bias is None else ready(module.bias)
+    size, eps = tuple(module.normalized_shape), module.eps
+    return lambda x: F.layer_norm(x, size, weight, bias, eps)
 
 
 # ---- what queries look at --------------------------------------------------------------------------------------------
@@ -326,8 +302,8 @@ class Fresh:
     def __init__(self, mask_BHTS: Tensor | None, causal: bool) -> None:
         self.mask_BHTS, self.causal = mask_BHTS, causal
 
-    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int, dtype: torch.dtype) -> Tensor:
-        q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.to(dtype).split((H, K, K), dim=2)
+    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int) -> Tensor:
+        q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((H, K, K), dim=2)
         return fused(q_BTHE, k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2), self.mask_BHTS, self.causal)
 
 
@@ -345,13 +321,13 @@ class Cached:
             self.layers[i][..., self.step.start : self.step.end, :] = kv_BT2KE.permute(2, 0, 3, 1, 4)
         else:
             kv_2BKCE = self.layers[i]
-            kv_2BKCE[:, self.rows_B1, :, self.step.positions_BT] = kv_BT2KE.to(kv_2BKCE.dtype)
+            kv_2BKCE[:, self.rows_B1, :, self.step.positions_BT] = kv_BT2KE
 
-    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int, dtype: torch.dtype) -> Tensor:
+    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int) -> Tensor:
         B, T, _, E = qkv_BTXE.shape
         self.write(i, qkv_BTXE[:, :, H:].view(B, T, 2, K, E))
         k_BKSE, v_BKSE = self.layers[i][..., : self.step.end, :].unbind(0)
-        return fused(qkv_BTXE[:, :, :H].to(dtype), k_BKSE, v_BKSE, self.mask_BHTS, self.step.causal)
+        return fused(qkv_BTXE[:, :, :H], k_BKSE, v_BKSE, self.mask_BHTS, self.step.causal)
 
 
 class OneQuery(Cached):
@@ -373,10 +349,10 @@ class OneQuery(Cached):
             bias_BC = bias_BC.repeat_interleave(K, dim=0)
         self.bias_Y1C = bias_BC[:, None]
 
-    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int, dtype: torch.dtype) -> Tensor:
+    def attend(self, i: int, qkv_BTXE: Tensor, H: int, K: int) -> Tensor:
         B, _, _, E = qkv_BTXE.shape
         self.write(i, qkv_BTXE[:, :, H:].view(B, 1, 2, K, E))
-        q_YGE = qkv_BTXE[:, :, :H].reshape(B * K, H // K, E).to(dtype)
+        q_YGE = qkv_BTXE[:, :, :H].reshape(B * K, H // K, E)
         share_YGC = torch.baddbmm(self.bias_Y1C, q_YGE, self.keys_YEC[i], alpha=E**-0.5).softmax(-1)
         return torch.bmm(share_YGC, self.values_YCE[i]).view(B, H * E)
 

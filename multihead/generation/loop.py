@@ -101,7 +101,7 @@ def emit(
     rows = [Sequel(ids, sampling, sampling.generator(i), eos) for ids in begun for i in range(num_samples)]
     device, dtype = batch["ids"].device, next(model.parameters()).dtype
     if sampling.max_tokens >= WORTH_PACKING and dtype == torch.float32 and device.type == "cpu":
-        model = prepared(model, "float32")
+        model = prepared(model, "float32", rows=len(rows))
     with Decoding(model):
         state, logits_BV = model.start(batch)
         if num_samples > 1:

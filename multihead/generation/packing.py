@@ -1,0 +1,96 @@
+"""Linear maps with their weights in the order in which the fastest kernel of a CPU reads them.
+
+For one or a few rows a product's cost is reading the weights; for many it is multiplying. So a map holds a kernel for
+each, of the three that torch brings along: oneDNN's, FBGEMM's and the BLAS's own.
+
+Legend: N rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")
+FEW = 8  # rows up to which reading half the bytes outweighs multiplying in float32
+SHARED = 1 << 20  # weights from which two threads are worth waking
+
+
+class Map:
+    """A linear map ready for use: x (N, in) → x Aᵀ + b (N, out), by one kernel for few rows and one for many."""
+
+    __slots__ = ("few", "limit", "many")
+
+    def __init__(self, few: Change, many: Change, limit: int) -> None:
+        self.few, self.many, self.limit = few, many, limit
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.few(x) if x.shape[0] <= self.limit else self.many(x)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are packed; see ``prepared``."""
+
+    half: bool
+    rows: int | None
+
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> Map:
+        weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
+        limit = FEW if self.half else 1
+        few = many = None
+        if self.rows is None or self.rows <= limit:
+            few = in_float16(weight, bias) if self.half else in_columns(weight, bias)
+        if few is None or self.rows is None or self.rows > limit:
+            many = in_blocks(weight, bias, torch.bfloat16 if self.half else torch.float32)
+        return Map(few or many or self.none, many or few or self.none, limit)
+
+    def none(self, x: Tensor) -> Tensor:
+        raise AssertionError
+
+
+def in_columns(weight: Tensor, bias: Tensor | None) -> Change:
+    """Float32, input by input: the product of one row then runs about twice as fast as output by output."""
+    columns = weight.t().contiguous()
+    if bias is None:
+        return lambda x: torch.mm(x, columns)
+    return lambda x: torch.addmm(bias, x, columns)
+
+
+def in_blocks(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Change:
+    """In the blocks that oneDNN's matrix product wants."""
+    if not ONEDNN:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x: F.linear(x.to(dtype), weight, bias).float()
+    product = torch.ops.mkldnn._linear_pointwise.default
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 16)
+    if dtype == torch.float32:
+        return lambda x: product(x, blocks, bias, "none", [], "")
+    short = None if bias is None else bias.to(dtype)
+    return lambda x: product(x.to(dtype), blocks, short, "none", [], "").float()
+
+
+def in_float16(weight: Tensor, bias: Tensor | None) -> Change | None:
+    """Float16 weights, multiplied in float32 by FBGEMM; None where torch is built without it.
+
+    Of torch's two doors to it the older costs a tenth of the other's 11 µs a call, and the newer uses all threads.
+    """
+    if not FBGEMM:
+        return None
+    if weight.numel() >= SHARED or not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
+        shared = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
+        dynamic = torch.ops.quantized.linear_dynamic_fp16.default
+        return lambda x: dynamic(x, shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both say once that they will go some day; torch's version is bounded
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous())
+        torch.fbgemm_linear_fp16_weight_fp32_activation(weight.new_zeros(1, weight.shape[1]), packed, bias)
+    product = torch.ops.aten.fbgemm_linear_fp16_weight_fp32_activation.default
+    return lambda x: product(x, packed, bias)
