@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +48,8 @@ def prove(task: Task, model: nn.Module, recipe: Recipe, store: Store) -> dict[st
     """
     examples = task.examples(store, "train")
     rows = min(len(examples), recipe.train.micro_batch or recipe.train.batch_size)
-    batch = task.collate([examples[i] for i in range(rows)])
+    rng = np.random.default_rng(recipe.seed)
+    batch = task.collate([task.augment(examples[i], rng) for i in range(rows)])
     loss = task.loss(model, batch)
     loss.total.backward()
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -106,7 +106,13 @@ class Trainer:
         model = build.make_model(self.task, self.recipe).to(self.device).train()
         s = self.settings
         return model, optim.build(
-            model, optimizer=s.optimizer, lr=s.lr, muon_lr=s.muon_lr, weight_decay=s.weight_decay, betas=s.betas
+            model,
+            optimizer=s.optimizer,
+            lr=s.lr,
+            muon_lr=s.muon_lr,
+            weight_decay=s.weight_decay,
+            betas=s.betas,
+            batch_size=s.batch_size,
         )
 
     def _scale(self) -> tuple[int, int]:

@@ -101,7 +101,9 @@ class Contract:
         return Trainer(recipe, made, folder, progress=False)
 
     def _batch(self, trainer: Trainer, indices: Sequence[int]) -> dict[str, Any]:
-        return trainer.task.collate([trainer.examples[i] for i in indices if i < len(trainer.examples)])
+        """A batch as the training loader gives it, noise included."""
+        chosen = [i for i in indices if i < len(trainer.examples)]
+        return trainer._batch(0, np.array(chosen), 0)
 
     def test_encode_declares_one_shape(self, recipe_path: Path, tmp_path: Path) -> None:
         _, made, _ = self._prepared(recipe_path, tmp_path / "run")

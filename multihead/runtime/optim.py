@@ -48,16 +48,18 @@ class MuonAdamW(torch.optim.Optimizer):
     lr·0.2·√max(R, C) with ``match_rms``: the size of AdamW's steps, so that its learning rate serves for both (Liu et
     al. 2025, arXiv 2502.16982, section 2.2). A weight with an attribute ``muon_split = n`` is n matrices stacked by
     rows, each orthogonalized alone. Groups with ``rowwise: True`` hold large tables: Adam moves the rows that the batch
-    looked up and no others, as torch's SparseAdam does.
+    looked up and no others, as torch's SparseAdam does. Groups with ``sgd: True`` move by lr times the gradient alone,
+    and only the rows it reaches: what is seldom looked up moves seldom and little, where Adam would move it as far as
+    anything else and learn it by heart.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "rowwise": False, "momentum": 0.95, "steps": 5,
-                    "match_rms": False, "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
+        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "rowwise": False, "sgd": False,
+                    "momentum": 0.95, "steps": 5, "match_rms": False, "betas": (0.9, 0.95), "eps": 1e-8}  # fmt: skip
         super().__init__(groups, defaults)
         for group in self.param_groups:
             # Read by torch's load_state_dict: a fused kernel wants its step count on the weights' device.
-            group["fused"] = not (group["muon"] or group["rowwise"])
+            group["fused"] = not (group["muon"] or group["rowwise"] or group["sgd"])
             for parameter in group["params"] if group["muon"] else ():
                 shape, parts = tuple(parameter.shape), _split(parameter)
                 if len(shape) != 2 or shape[0] % parts:
@@ -76,7 +78,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             live = [parameter for parameter in group["params"] if parameter.grad is not None]
             if live:
-                (self._muon if group["muon"] else self._rows if group["rowwise"] else self._adamw)(group, live)
+                kind = next((name for name in ("muon", "rowwise", "sgd") if group[name]), "adamw")
+                getattr(self, f"_{kind}")(group, live)
 
     def _muon(self, group: dict[str, Any], live: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -116,7 +119,12 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
-    def _rows(self, group: dict[str, Any], live: list[Tensor]) -> None:
+    def _sgd(self, group: dict[str, Any], live: list[Tensor]) -> None:
+        for parameter in live:
+            rows, gradient = _touched(parameter)
+            parameter.index_add_(0, rows, gradient, alpha=-group["lr"])
+
+    def _rowwise(self, group: dict[str, Any], live: list[Tensor]) -> None:
         (first, second), eps = group["betas"], group["eps"]
         for parameter in live:
             state = self.state[parameter]
@@ -160,24 +168,28 @@ def build(
     eps: float = 1e-8,
     steps: int = 5,
     decay_embeddings: bool = True,
+    batch_size: int = 1,
 ) -> MuonAdamW:
     """The optimizer for `model`.
 
     "muon": the matrices inside each `Trunk`, and any weight with ``muon_split``, go to Muon at `muon_lr` (None: at
     `lr`, with AdamW's step size); the rest to AdamW at `lr`. "adamw": everything goes to AdamW. Weights with fewer than
-    two axes never decay, nor do tables marked ``rowwise``. Each group keeps its peak rate in ``base_lr``; `set_lr`
-    scales it.
+    two axes never decay, nor do tables marked ``rowwise``. A weight with an attribute ``sgd = r`` moves by r times the
+    sum of the gradients of the `batch_size` rows that the loss is the mean of. Each group keeps its peak rate in
+    ``base_lr``; `set_lr` scales it.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer: {optimizer!r}; known: muon, adamw")
     matrices = set(_matrices(model)) if optimizer == "muon" else set()
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    muon, decayed, plain, rowwise = [], [], [], []
+    muon, decayed, plain, rowwise, sgd = [], [], [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if parameter in matrices:
             muon.append(parameter)
+        elif getattr(parameter, "sgd", 0):
+            sgd.append((parameter, float(parameter.sgd)))  # type: ignore[attr-defined]
         elif getattr(parameter, "rowwise", False):
             rowwise.append(parameter)
         elif parameter.dim() >= 2 and (decay_embeddings or parameter not in tables):
@@ -191,6 +203,7 @@ def build(
         {"params": decayed, "weight_decay": weight_decay, **adam},
         {"params": plain, "weight_decay": 0.0, **adam},
         {"params": rowwise, "rowwise": True, "weight_decay": 0.0, **adam},
+        *({"params": [p], "sgd": True, "weight_decay": 0.0, "lr": rate * batch_size} for p, rate in sgd),
     ]  # fmt: skip
     groups = [group for group in groups if group["params"]]
     for group in groups:

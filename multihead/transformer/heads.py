@@ -1,12 +1,18 @@
 """From the trunk's vectors to what a task asks for.
 
-Legend: B batch, T positions, D d_model, V vocabulary, C classes.
+Legend: B batch, T positions, D d_model, V vocabulary, C classes, G orders of n-grams, U distinct n-grams of the batch's
+rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from multihead.transformer.inputs import ngram_hashes
 
 
 class TokenHead(nn.Module):
@@ -55,3 +61,49 @@ class PoolHead(nn.Module):
         weight_BT1 = self.query(x_BTD).float().masked_fill(~mask_BT1, float("-inf")).softmax(1)
         largest_BD = x_BTD.masked_fill(~mask_BT1, torch.finfo(x_BTD.dtype).min).amax(1)
         return torch.cat(((weight_BT1.to(x_BTD.dtype) * x_BTD).sum(1), largest_BD), dim=-1)
+
+
+class WideHead(nn.Module):
+    """Logits straight from the words: a linear map of the n-grams of each row, beside which a trunk reads the order.
+
+    ids (B, T) with mask (B, T) → (B, C). The wide part of "Wide & Deep Learning" (Cheng et al. 2016, section 3.1):
+    hashed n-grams, each weighed by (1 + ln count) · idf (Spärck Jones 1972), the weights of a row scaled to length 1.
+    Its table starts at zero and is marked for plain gradient steps, which act like the penalty of a ridge regression:
+    an n-gram seen once moves once.
+
+    Args:
+        orders: lengths of the n-grams.
+        idf: (G · buckets,) the weight of each bucket; 0 takes it out (never seen in training).
+        rate: step of the table for each row's gradient.
+    """
+
+    idf: Tensor
+
+    def __init__(self, orders: Sequence[int], idf: Tensor, classes: int, rate: float = 3.0) -> None:
+        super().__init__()
+        self.orders, self.buckets = tuple(orders), len(idf) // len(orders)
+        self.table = nn.Embedding(len(idf), classes)
+        nn.init.zeros_(self.table.weight)
+        self.table.weight.sgd = rate  # type: ignore[attr-defined]
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.register_buffer("idf", idf, persistent=False)
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        row_U, key_U, value_U = weighed_ngrams(ids_BT, mask_BT, self.orders, self.idf)
+        part_UC = F.embedding(key_U, self.table.weight, sparse=True) * value_U[:, None]
+        return self.bias + part_UC.new_zeros(len(ids_BT), part_UC.shape[1]).index_add(0, row_U, part_UC)
+
+
+def weighed_ngrams(
+    ids_BT: Tensor, mask_BT: Tensor | None, orders: Sequence[int], idf: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct n-grams of each row: row (U,), bucket (U,), and weight (U,), (1 + ln count) · idf scaled so that the
+    squares of a row sum to 1."""
+    keys_BTG = ngram_hashes(ids_BT, None, tuple(orders), len(idf) // len(orders))
+    pairs_BTG = keys_BTG + torch.arange(len(ids_BT), device=ids_BT.device)[:, None, None] * len(idf)
+    real = pairs_BTG.flatten() if mask_BT is None else pairs_BTG[mask_BT].flatten()
+    pair_U, count_U = real.unique(return_counts=True)
+    row_U, key_U = pair_U // len(idf), pair_U % len(idf)
+    value_U = (1 + count_U.log()) * idf[key_U]
+    square_B = value_U.new_zeros(len(ids_BT)).index_add(0, row_U, value_U.square())
+    return row_U, key_U, value_U * square_B.clamp(min=1e-12).rsqrt()[row_U]

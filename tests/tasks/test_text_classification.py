@@ -15,7 +15,11 @@ from multihead import prepare, task
 from multihead import recipe as recipes
 from multihead.errors import UserError
 from multihead.run import RunFolder
+from multihead.runtime import optim
 from multihead.train import Trainer, train
+from multihead.transformer.config import TransformerConfig
+from multihead.transformer.heads import weighed_ngrams
+from multihead.transformer.inputs import ngram_hashes
 
 Kind = task.find("text-classification")
 SMALL = {
@@ -60,6 +64,9 @@ class Says(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return self.logits
+
+    def read(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return torch.zeros(*ids.shape, 1), [self.logits]
 
 
 def test_a_long_text_keeps_its_head_and_its_tail() -> None:
@@ -162,12 +169,43 @@ def test_what_the_report_shows_agrees_with_scikit_learn(tmp_path: Path) -> None:
 
 
 def test_hidden_tokens_come_from_the_generator_alone() -> None:
-    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], word_dropout=0.3)
+    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], hidden=0.3)
     example = made.encode({"text": GOOD * 20, "label": "x"})
     one, two = (made.augment(example, np.random.default_rng(5)) for _ in range(2))
     assert np.array_equal(one["ids"], two["ids"]) and one["label"] == 0
     hidden = one["ids"] != example["ids"]
     assert 0.2 < hidden.mean() < 0.4 and (one["ids"][hidden] == made.codec.unk).all()
+    assert np.array_equal(one["hidden"], np.where(hidden, example["ids"] + 1, 0))
+
+
+def test_the_wide_reader_weighs_words_as_scikit_learn_does() -> None:
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    said = ["好好好吃", "不好吃", "好", "不吃不吃"]
+    made = fitted([{"text": t, "label": "xy"[i % 2]} for i, t in enumerate(said)], wide=(1, 2))
+    vectors = text.TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True).fit(said)
+    batch = made.collate([made.encode({"text": t}) for t in said])
+    ids = batch["ids"].long()
+    mask = torch.arange(ids.shape[1]) < batch["ids_lengths"][:, None]
+    row, key, value = weighed_ngrams(ids, mask, (1, 2), torch.from_numpy(made.idf))
+    truth = vectors.transform(said)
+    # Ours also sees where a text begins, as a 2-gram of its own: without it, the rest keeps scikit-learn's proportions.
+    for i in range(len(said)):
+        begins = ngram_hashes(ids[i : i + 1, :1], None, (1, 2), 1 << 17)[0, 0, 1]
+        rest = value[(row == i) & (key != begins)].double()
+        found, wanted = (rest / rest.norm()).sort().values.numpy(), np.sort(truth[i].data)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_wide_table_moves_by_its_rate_times_the_sum_of_gradients() -> None:
+    made = fitted([{"text": GOOD, "label": "x"}, {"text": BAD, "label": "y"}], wide=(1,), label_smoothing=0.0)
+    model = made.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2, ngram_buckets=64))
+    batch = made.collate([made.encode({"text": GOOD, "label": "x"}), made.encode({"text": BAD, "label": "y"})])
+    made.loss(model, batch).total.backward()
+    table, gradient = model.wide.table.weight, model.wide.table.weight.grad.to_dense()
+    optimizer = optim.build(model, optimizer="adamw", lr=0.1, batch_size=2)
+    optim.clip(model.parameters(), None, 1 / 2)
+    optimizer.step()
+    torch.testing.assert_close(table.detach(), -3.0 * gradient)
 
 
 def test_the_data_report_counts_classes(tmp_path: Path) -> None:

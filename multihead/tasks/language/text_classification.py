@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -25,31 +26,58 @@ from multihead.data.rows import LABEL_NAMES, TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import text as metrics
-from multihead.run import write_json
+from multihead.run import write_atomic, write_json
 from multihead.task import Answer, Batch, Example, Loss, Task
 from multihead.transformer.config import TransformerConfig
-from multihead.transformer.heads import PoolHead
-from multihead.transformer.inputs import TokenInput
+from multihead.transformer.heads import PoolHead, WideHead
+from multihead.transformer.inputs import TokenInput, ngram_hashes
 from multihead.transformer.trunk import Trunk
 
 BINS = 15
+BUCKETS = 1 << 17
 MISTAKES = 30
 
 
 class Classifier(nn.Module):
-    """Texts → logits over classes. ids (B, T), padded on the right, of lengths (B,) → (B, C)."""
+    """Texts → logits over classes. ids (B, T), padded on the right, of lengths (B,) → (B, C).
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, classes: int, dropout: float = 0.0) -> None:
+    Two readers that learn apart: a trunk reads the order of the words and, where `wide` is given, a linear map reads
+    their n-grams. The answer is the mean of their logits. In training the trunk also guesses hidden words.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        classes: int,
+        dropout: float,
+        wide: WideHead | None,
+        guess: bool,
+    ) -> None:
         super().__init__()
         self.input = TokenInput(config, vocab_size)
         self.trunk = Trunk(config)
         self.head = PoolHead(config.d_model, classes, "attention", dropout)
+        self.wide = wide
+        self.guess = nn.Linear(config.d_model, config.d_model) if guess else None
+        self.guess_bias = nn.Parameter(torch.zeros(vocab_size)) if guess else None
 
-    def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def read(self, ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The trunk's vectors (B, T, D), and each reader's logits (B, C) in float32."""
         real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
         # No mask where nothing is padded, which is faster and, for one text alone, always so.
         mask_BT = None if bool(real_BT.all()) else real_BT
-        return self.head(self.trunk(self.input(ids_BT), mask=mask_BT), mask_BT)
+        x_BTD = self.trunk(self.input(ids_BT), mask=mask_BT)
+        deep_BC = self.head(x_BTD, mask_BT).float()
+        return x_BTD, [deep_BC] if self.wide is None else [deep_BC, self.wide(ids_BT, mask_BT)]
+
+    def guesses(self, x_ND: Tensor) -> Tensor:
+        """Which word stands at hidden positions: (N, D) → (N, V), by the input's own embeddings."""
+        assert self.guess is not None and self.guess_bias is not None
+        return F.linear(self.guess(x_ND), self.input.token.weight, self.guess_bias)
+
+    def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        return torch.stack(self.read(ids_BT, lengths_B)[1]).mean(0)
 
 
 class TextClassification(Task):
@@ -64,7 +92,7 @@ class TextClassification(Task):
     metric = ("macro_f1", "max")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "model": {"d_model": 96, "num_layers": 2, "num_heads": 3, "ngrams": [2, 3], "ngram_buckets": 32768},
-        "train": {"batch_size": 64, "ema": 0.99},
+        "train": {"steps": 1100, "batch_size": 64, "ema": 0.99},
     }
 
     class Options(base.Options):
@@ -80,9 +108,15 @@ class TextClassification(Task):
         max_tokens: int = Field(256, ge=2)
         """Of a longer text, the first and the last tokens are read, half of each.
         更长的文本只读开头和结尾，各占一半。"""
-        word_dropout: float = Field(0.1, ge=0, lt=1)
-        """Share of tokens hidden in training, against overfitting.
-        训练时随机遮住的词元比例，防止过拟合。"""
+        wide: tuple[int, ...] = (1, 2, 3)
+        """Also read a text as a bag of n-grams of these lengths, weighed by tf-idf; [] reads it by the trunk alone.
+        同时把文本当作这些长度的 n 元组的集合来读（tf-idf 加权）；[] 表示只用主干网络。"""
+        hidden: float = Field(0.2, ge=0, lt=1)
+        """Share of tokens hidden in training, so that no single word decides.
+        训练时随机遮住的词元比例，使结果不依赖单个词。"""
+        guess: float = Field(0.3, ge=0)
+        """Weight of guessing the hidden tokens beside giving the label: the texts themselves teach the language.
+        除了打标签，还要猜出被遮住的词元，这一项的权重：文本本身就能教会模型语言。"""
         head_dropout: float = Field(0.3, ge=0, lt=1)
         """Share of the pooled vector set to zero in training.
         训练时池化向量随机置零的比例。"""
@@ -100,6 +134,10 @@ class TextClassification(Task):
     labels: LabelCodec
     counts: list[int]
     """Training rows that have each label, then all rows."""
+    tokens: int
+    """Tokens of all training rows."""
+    idf: np.ndarray
+    """(orders · buckets,) Of each bucket of n-grams, ln(rows / rows that hold it) + 1; 0 for none."""
 
     def __init__(self, options: Any = None, seed: int = 0) -> None:
         super().__init__(options, seed)
@@ -121,12 +159,22 @@ class TextClassification(Task):
                                "列选对了吗？可用 data.columns.label 指定另一列"))
         self.counts = [*(counts[name] for name in self.labels.names), total]
         self.codec = TextCodec.fit((row["text"] for row in rows), options.tokenizer, options.vocab_size)
+        held, self.tokens = np.zeros(len(options.wide) * BUCKETS, dtype=np.float32), 0
+        for row in rows:
+            ids = torch.from_numpy(self._ids(row["text"])).long()
+            self.tokens += len(ids)
+            if options.wide:
+                held[ngram_hashes(ids[None], None, options.wide, BUCKETS).unique().numpy()] += 1
+        self.idf = np.where(held > 0, np.log((1 + total) / (1 + held)) + 1, 0).astype(np.float32)
 
-    def encode(self, row: dict[str, Any]) -> Example:
-        ids, most = self.codec.encode(row["text"]), self.options.max_tokens
+    def _ids(self, text: str) -> np.ndarray:
+        ids, most = self.codec.encode(text), self.options.max_tokens
         if len(ids) > most:
             ids = np.concatenate((ids[: most - most // 2], ids[len(ids) - most // 2 :]))
-        example = {"ids": ids if len(ids) else np.array([self.codec.unk], dtype=ids.dtype)}
+        return ids if len(ids) else np.array([self.codec.unk], dtype=ids.dtype)
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        example = {"ids": self._ids(row["text"])}
         if row.get("label") is not None:
             example["label"] = self._target(row["label"])
         return example
@@ -147,41 +195,62 @@ class TextClassification(Task):
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
         self.labels.save(folder)
-        write_json(folder / "counts.json", self.counts)
+        write_json(folder / "counts.json", {"labels": self.counts, "tokens": self.tokens})
+        write_atomic(folder / "idf.safetensors", safetensors.numpy.save({"idf": self.idf}))
 
     def load(self, folder: Path) -> None:
         self.codec, self.labels = TextCodec.load(folder), LabelCodec.load(folder)
-        self.counts = json.loads((folder / "counts.json").read_text("utf-8"))
+        counts = json.loads((folder / "counts.json").read_text("utf-8"))
+        self.counts, self.tokens = counts["labels"], counts["tokens"]
+        self.idf = safetensors.numpy.load_file(folder / "idf.safetensors")["idf"]
 
     def model(self, config: TransformerConfig) -> Classifier:
         most, limit = self.options.max_tokens, config.max_length
         if limit < most:
             raise UserError(tr(f"options.max_tokens is {most}, beyond model.max_length {limit}",
                                f"options.max_tokens 是 {most}，超过了 model.max_length {limit}"))
-        return Classifier(config, self.codec.vocab_size, len(self.labels), self.options.head_dropout)
+        orders, classes = self.options.wide, len(self.labels)
+        wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes) if orders else None
+        guess = bool(self.options.guess and self.options.hidden)
+        return Classifier(config, self.codec.vocab_size, classes, self.options.head_dropout, wide, guess)
 
     def length(self, store: Store) -> np.ndarray:
         return store.lengths("ids")
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """Hide some tokens, so that no single word may decide (Iyyer et al. 2015, section 3.2, "word dropout")."""
-        share = self.options.word_dropout
+        """Hide some tokens ("word dropout", Iyyer et al. 2015, section 3.2); ``hidden`` holds them plus one, else 0."""
+        share, ids = self.options.hidden, example["ids"]
         if not share:
             return example
-        ids = np.where(rng.random(len(example["ids"])) < share, self.codec.unk, example["ids"])
-        return {**example, "ids": ids}
+        hide = rng.random(len(ids)) < share
+        return {**example, "ids": np.where(hide, self.codec.unk, ids), "hidden": np.where(hide, ids + 1, 0)}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        logits_BC = model(batch["ids"].long(), batch["ids_lengths"]).float()
+        """Each reader's own loss, since they err on different rows only if neither leans on the other; and, in
+        training, ``options.guess`` times that of the hidden tokens (Devlin et al. 2019, section 3.1), as if each row
+        hid one."""
+        x_BTD, readers = model.read(batch["ids"].long(), batch["ids_lengths"])  # type: ignore[operator]
+        rows = len(batch["label"])
+        parts = {
+            name: self._one_loss(logits_BC, batch["label"], model.training)
+            for name, logits_BC in zip(("deep", "wide"), readers, strict=False)
+        }
+        if self.options.guess and "hidden" in batch:
+            hidden_BT = batch["hidden"].long()
+            logits_NV = model.guesses(x_BTD[hidden_BT > 0]).float()  # type: ignore[operator]
+            told = F.cross_entropy(logits_NV, hidden_BT[hidden_BT > 0] - 1, reduction="sum")
+            # By the mean number of hidden tokens, not by this batch's own: a sum over rows stays a sum over rows.
+            parts["guess"] = told * (self.options.guess / (self.options.hidden * self.tokens / self.counts[-1]))
+        return Loss(torch.stack(list(parts.values())).sum(), rows, parts)
+
+    def _one_loss(self, logits_BC: Tensor, target: Tensor, training: bool) -> Tensor:
         weight_C = self._weights(logits_BC.device)
-        smooth = self.options.label_smoothing if model.training else 0.0
+        smooth = self.options.label_smoothing if training else 0.0
         if not self.options.multiple:
-            target_B = batch["label"]
-            total = F.cross_entropy(logits_BC, target_B, weight_C, reduction="sum", label_smoothing=smooth)
-            return Loss(total, len(target_B))
-        target_BC = batch["label"].to(logits_BC.dtype) * (1 - smooth) + smooth / 2
+            return F.cross_entropy(logits_BC, target, weight_C, reduction="sum", label_smoothing=smooth)
+        target_BC = target.to(logits_BC.dtype) * (1 - smooth) + smooth / 2
         total = F.binary_cross_entropy_with_logits(logits_BC, target_BC, reduction="sum", pos_weight=weight_C)
-        return Loss(total / logits_BC.shape[1], len(target_BC))
+        return total / logits_BC.shape[1]
 
     def _weights(self, device: torch.device) -> Tensor | None:
         """Balanced: of one label, so that a row weighs 1 on average; of several, what a label's presence weighs."""
