@@ -24,16 +24,16 @@ _PLACES = {
 }
 __all__ = ["__version__", *_PLACES]
 
-if TYPE_CHECKING:
-    from multihead.build import Run
-    from multihead.build import open_run as load
-    from multihead.data.rows import Column
-    from multihead.errors import UserError
-    from multihead.generation.seq2seq import Transformer
-    from multihead.task import Loss, Task
-    from multihead.tasks.language.text_generation import LanguageModel
-    from multihead.train import train
-    from multihead.transformer.config import TransformerConfig
+if TYPE_CHECKING:  # for readers and type checkers: the names as they are once asked for
+    from multihead.build import Run as Run
+    from multihead.data.rows import Column as Column
+    from multihead.errors import UserError as UserError
+    from multihead.generation.seq2seq import Transformer as Transformer
+    from multihead.task import Loss as Loss
+    from multihead.task import Task as Task
+    from multihead.tasks.language.text_generation import LanguageModel as LanguageModel
+    from multihead.train import train as train
+    from multihead.transformer.config import TransformerConfig as TransformerConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -119,7 +119,7 @@ class Task:
         return example
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Examples → tensors. Default: each key padded with zeros to the longest, with ``<key>_lengths`` where ragged."""
+        """Examples → tensors. Default: each key padded with zeros to the longest, ``<key>_lengths`` where ragged."""
         return pad(examples)
 
     def length(self, store: Any) -> np.ndarray | None:

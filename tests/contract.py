@@ -208,8 +208,7 @@ class Contract:
 
     def test_the_served_answer_is_the_predicted_one(self, recipe_path: Path, tmp_path: Path) -> None:
         testclient = pytest.importorskip("fastapi.testclient")
-        from multihead.serve.app import create_app
-        from multihead.serve.app import Served
+        from multihead.serve.app import Served, create_app
 
         run = train(recipe_path, run=tmp_path / "run", progress=False)
         rows = sample_rows(type(run.task), 3, seed=3)

@@ -104,6 +104,7 @@ def test_damage_is_reported_at_its_line_and_byte(tmp_path):
 
 def test_names_of_encodings():
     assert known_encoding("GBK") == "gb18030" and known_encoding("utf-8-sig") == "utf-8"
-    for name in ("klingon", "base64", "rot13", "", "unicode_escape", "raw_unicode_escape", "idna", "punycode", "undefined"):
+    others = ("klingon", "base64", "rot13", "", "unicode_escape", "raw_unicode_escape", "idna", "punycode", "undefined")
+    for name in others:
         with pytest.raises(UserError, match="not a known encoding"):
             known_encoding(name)

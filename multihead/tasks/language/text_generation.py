@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class LanguageModel(Emitter):
         return self.head(self.trunk(self.input(ids_BT)))
 
     def start(self, batch: Batch) -> tuple[Cache, Tensor]:
-        """Read prompts ``ids`` (B, T), right-padded to T, of ``lengths`` (B,): the state and the next token's logits (B, V)."""
+        """Read prompts ``ids`` (B, T), right-padded, of ``lengths`` (B,): the state and the next logits (B, V)."""
         ids_BT, lengths = batch["ids"], batch["lengths"].tolist()
         cache = Cache(self.config.num_layers, [0] * len(lengths))
         x_BTD = self.trunk(self.input(ids_BT), cache=cache)
@@ -60,7 +60,9 @@ class LanguageModel(Emitter):
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """One more token a row (B,): the logits of the one after it (B, V). Advances the cache by one."""
         ids_B1 = ids_B[:, None]
-        positions = torch.tensor(cache.lengths, device=ids_B.device)[:, None] if self.config.positions in ("learned", "sinusoidal") else None
+        positions = None
+        if self.config.positions in ("learned", "sinusoidal"):
+            positions = torch.tensor(cache.lengths, device=ids_B.device)[:, None]
         x_B1D = self.trunk(self.input(ids_B1, positions, cache.recent_BN), cache=cache)
         cache.advance(1)
         if cache.recent_BN is not None:
@@ -77,7 +79,7 @@ class TextGeneration(Task):
     metric = ("loss", "min")
     unit = "tokens"
     emits = True
-    defaults = {
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "data": {"split": {"valid": 0.1, "test": 0.0, "by": "order"}, "deduplicate": False},
         "model": {"max_length": 256},
         "train": {"optimizer": "muon"},
@@ -96,7 +98,7 @@ class TextGeneration(Task):
         tied: bool = True
         """Share the token embedding with the output.
         输入与输出共用词嵌入。"""
-        prompts: list[str] = []
+        prompts: tuple[str, ...] = ()
         """Texts that the report goes on with, to show what the model writes.
         报告中让模型续写的开头。"""
 
@@ -145,10 +147,12 @@ class TextGeneration(Task):
         target_BT = ids_BT[:, 1:]
         lengths_B = batch["ids_lengths"]
         if int(lengths_B.min()) == ids_BT.shape[1]:
-            return Loss(F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum"), target_BT.numel())
+            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum")
+            return Loss(total, target_BT.numel())
         real_BT = torch.arange(target_BT.shape[1], device=ids_BT.device) < lengths_B[:, None] - 1
         target_BT = target_BT.masked_fill(~real_BT, -100)
-        total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum", ignore_index=-100)
+        logits_NV, target_N = logits_BTV.flatten(0, 1).float(), target_BT.flatten()
+        total = F.cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=-100)
         return Loss(total, int(real_BT.sum()))
 
     def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
@@ -189,7 +193,7 @@ class TextGeneration(Task):
         return answers
 
     def score(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Loss in nats a token, its exponent (perplexity), bits a byte of text, and how often the first guess is right."""
+        """Loss in nats a token, its exponent (perplexity), bits a byte of text, and share of first guesses right."""
         loss, tokens = sum(a["loss"] for a in answers), max(1, sum(a["tokens"] for a in answers))
         size = max(1, sum(a["bytes"] for a in answers))
         return {
