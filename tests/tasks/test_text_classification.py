@@ -65,7 +65,7 @@ class Says(torch.nn.Module):
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return self.logits
 
-    def read(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def read(self, ids: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         return torch.zeros(*ids.shape, 1), [self.logits]
 
 

@@ -35,6 +35,7 @@ from multihead.transformer.trunk import Trunk
 
 BINS = 15
 BUCKETS = 1 << 17
+DEEP = 0.4  # the trunk's share of the answer; the linear reader, which is less sure of itself, has the rest
 MISTAKES = 30
 
 
@@ -42,7 +43,7 @@ class Classifier(nn.Module):
     """Texts → logits over classes. ids (B, T), padded on the right, of lengths (B,) → (B, C).
 
     Two readers that learn apart: a trunk reads the order of the words and, where `wide` is given, a linear map reads
-    their n-grams. The answer is the mean of their logits. In training the trunk also guesses hidden words.
+    their n-grams. The answer is a weighted mean of their logits. In training the trunk also guesses hidden words.
     """
 
     def __init__(
@@ -62,14 +63,20 @@ class Classifier(nn.Module):
         self.guess = nn.Linear(config.d_model, config.d_model) if guess else None
         self.guess_bias = nn.Parameter(torch.zeros(vocab_size)) if guess else None
 
-    def read(self, ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The trunk's vectors (B, T, D), and each reader's logits (B, C) in float32."""
+    def read(self, ids_BT: Tensor, lengths_B: Tensor, full_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The trunk's vectors (B, T, D), and each reader's logits (B, C) in float32.
+
+        Args:
+            full_BT: the ids without anything hidden, for the linear reader; None: `ids_BT`.
+        """
         real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
         # No mask where nothing is padded, which is faster and, for one text alone, always so.
         mask_BT = None if bool(real_BT.all()) else real_BT
         x_BTD = self.trunk(self.input(ids_BT), mask=mask_BT)
         deep_BC = self.head(x_BTD, mask_BT).float()
-        return x_BTD, [deep_BC] if self.wide is None else [deep_BC, self.wide(ids_BT, mask_BT)]
+        if self.wide is None:
+            return x_BTD, [deep_BC]
+        return x_BTD, [deep_BC, self.wide(ids_BT if full_BT is None else full_BT, mask_BT)]
 
     def guesses(self, x_ND: Tensor) -> Tensor:
         """Which word stands at hidden positions: (N, D) → (N, V), by the input's own embeddings."""
@@ -77,7 +84,8 @@ class Classifier(nn.Module):
         return F.linear(self.guess(x_ND), self.input.token.weight, self.guess_bias)
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        return torch.stack(self.read(ids_BT, lengths_B)[1]).mean(0)
+        _, readers = self.read(ids_BT, lengths_B)
+        return readers[0] if self.wide is None else DEEP * readers[0] + (1 - DEEP) * readers[1]
 
 
 class TextClassification(Task):
@@ -89,9 +97,12 @@ class TextClassification(Task):
         Column("text", "text", names=TEXT_NAMES),
         Column("label", "label", names=LABEL_NAMES, target=True),
     )
-    metric = ("macro_f1", "max")
+    metric = ("log_loss", "min")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "model": {"d_model": 96, "num_layers": 2, "num_heads": 3, "ngrams": [2, 3], "ngram_buckets": 32768},
+        "model": {
+            "d_model": 96, "num_layers": 2, "num_heads": 3, "norm": "layernorm", "activation": "relu2",
+            "ngrams": [2, 3], "ngram_buckets": 32768,
+        },
         "train": {"steps": 1100, "batch_size": 64, "ema": 0.99},
     }
 
@@ -229,14 +240,15 @@ class TextClassification(Task):
         """Each reader's own loss, since they err on different rows only if neither leans on the other; and, in
         training, ``options.guess`` times that of the hidden tokens (Devlin et al. 2019, section 3.1), as if each row
         hid one."""
-        x_BTD, readers = model.read(batch["ids"].long(), batch["ids_lengths"])  # type: ignore[operator]
-        rows = len(batch["label"])
+        ids_BT, rows = batch["ids"].long(), len(batch["label"])
+        hidden_BT = batch["hidden"].long() if "hidden" in batch else torch.zeros_like(ids_BT)
+        full_BT = torch.where(hidden_BT > 0, hidden_BT - 1, ids_BT)
+        x_BTD, readers = model.read(ids_BT, batch["ids_lengths"], full_BT)  # type: ignore[operator]
         parts = {
             name: self._one_loss(logits_BC, batch["label"], model.training)
             for name, logits_BC in zip(("deep", "wide"), readers, strict=False)
         }
         if self.options.guess and "hidden" in batch:
-            hidden_BT = batch["hidden"].long()
             logits_NV = model.guesses(x_BTD[hidden_BT > 0]).float()  # type: ignore[operator]
             told = F.cross_entropy(logits_NV, hidden_BT[hidden_BT > 0] - 1, reduction="sum")
             # By the mean number of hidden tokens, not by this batch's own: a sum over rows stays a sum over rows.
