@@ -28,6 +28,8 @@ MODEL = {
     "num_heads": ("attention heads", "注意力头数"),
     "ngrams": ("lengths of runs of tokens that get an embedding of their own", "额外加入嵌入的 n 元组长度"),
     "ngram_buckets": ("rows of each table of n-grams", "每个 n 元组表的行数"),
+    "norm": ("rmsnorm or layernorm; the second trains faster on a CPU", "rmsnorm 或 layernorm；后者在 CPU 上训练更快"),
+    "activation": ("swiglu, gelu, relu or relu2", "激活函数：swiglu、gelu、relu 或 relu2"),
     "max_length": ("longest sequence", "最长序列"),
     "positions": ("rotary, learned, sinusoidal or none", "位置编码：rotary、learned、sinusoidal 或 none"),
     "dropout": ("share of values set to zero in training, against overfitting", "训练时随机置零的比例，防止过拟合"),

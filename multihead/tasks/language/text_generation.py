@@ -98,7 +98,7 @@ class TextGeneration(Task):
         tied: bool = True
         """Share the token embedding with the output.
         输入与输出共用词嵌入。"""
-        prompts: tuple[str, ...] = ()
+        prompts: list[str] = Field(default_factory=list)
         """Texts that the report goes on with, to show what the model writes.
         报告中让模型续写的开头。"""
 
