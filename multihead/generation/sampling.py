@@ -132,13 +132,19 @@ def keep_top_p(logits_BV: Tensor, top_p: Sequence[float]) -> Tensor:
     """−inf outside each row's smallest set of likeliest tokens whose probability reaches p; at least one stays."""
     if min(top_p) >= 1.0:
         return logits_BV
-    sorted_BV, order_BV = logits_BV.sort(dim=1, descending=True)
-    share_BV = sorted_BV.softmax(dim=1)
-    before_BV = share_BV.cumsum(dim=1) - share_BV
+    V = logits_BV.shape[1]
     limit_B1 = torch.tensor([p if p < 1.0 else torch.inf for p in top_p], device=logits_BV.device)[:, None]
-    gone_BV = before_BV >= limit_B1
-    gone_BV[:, 0] = False
-    return logits_BV.masked_fill(torch.zeros_like(gone_BV).scatter(1, order_BV, gone_BV), -torch.inf)
+    share_BV = logits_BV.softmax(dim=1)
+    # The set is nearly always small, and sorting a whole vocabulary costs more than a step of a small model.
+    for size in (256, 4096, V):
+        share_BK, order_BK = share_BV.topk(min(size, V), dim=1)
+        reached_B1 = share_BK.sum(dim=1, keepdim=True) >= limit_B1
+        if bool((reached_B1 | (limit_B1 == torch.inf)).all()):
+            break
+    kept_BK = share_BK.cumsum(dim=1) - share_BK < limit_B1
+    kept_BK[:, 0] = True
+    kept_BV = (limit_B1 == torch.inf).expand(-1, V).scatter(1, order_BK, kept_BK)
+    return logits_BV.masked_fill(~kept_BV, -torch.inf)
 
 
 def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -170,7 +176,7 @@ def sample(
         logits_BV = penalise(logits_BV.float(), history, [s.repetition_penalty for s in samplings])
     greedy = [s.temperature == 0 for s in samplings]
     if all(greedy):
-        return logits_BV.argmax(dim=1)
+        return likeliest(logits_BV)
     # The inverse of the cumulated distribution at one uniform number a row; in double, so that rare tokens keep their
     # share of it.
     cumulated_BV = distribution(logits_BV, samplings).double().cumsum(dim=1)
@@ -178,5 +184,12 @@ def sample(
     point_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)[:, None] * cumulated_BV[:, -1:]
     drawn_B = torch.searchsorted(cumulated_BV, point_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
     if any(greedy):
-        drawn_B = torch.where(torch.tensor(greedy, device=drawn_B.device), logits_BV.argmax(dim=1), drawn_B)
+        drawn_B = torch.where(torch.tensor(greedy, device=drawn_B.device), likeliest(logits_BV), drawn_B)
     return drawn_B
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The largest of each row, the first of equals: (B,) int64. On a CPU by numpy, in a tenth of torch's time."""
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        return torch.from_numpy(logits_BV.detach().numpy().argmax(axis=1))
+    return logits_BV.argmax(dim=1)

@@ -87,7 +87,7 @@ class Cache:
     def _room(self, end: int, like: Tensor, kv_heads: int, head_size: int) -> Tensor:
         """The tensor of keys and values, grown where `end` outgrows it: by an eighth at least, so that a token costs
         O(1) copies, and no more than that, since a step may read the whole room."""
-        kv, room = self.kv_L2RKCE, -(-(end + end // 8) // 64) * 64
+        kv, room = self.kv_L2RKCE, -(-(end + end // 8) // 32) * 32
         if kv is None:
             # Zeros, not empty memory: a masked position still enters the product, and 0 · NaN is NaN.
             kv = like.new_zeros(self.num_layers, 2, self.rows, kv_heads, room, head_size)

@@ -45,6 +45,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float)
     assert not (~kept).any() or share[~kept].max() <= inside.min() + 1e-9
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 9.0])
+def test_top_p_of_a_large_vocabulary(spread: float) -> None:
+    """Sets of a few tokens up to nearly all: however far the search has to go, the set is the smallest."""
+    rows = torch.randn(3, 9000, generator=torch.Generator().manual_seed(3)) * spread
+    kept = keep_top_p(rows, [0.9, 1.0, 0.3]).isfinite()
+    assert kept[1].all()
+    for row, inside, p in ((rows[0], kept[0], 0.9), (rows[2], kept[2], 0.3)):
+        share = row.double().softmax(0).sort(descending=True).values
+        smallest = int((share.cumsum(0) < p).sum()) + 1
+        assert abs(int(inside.sum()) - smallest) <= 1  # the last one may hang on float32's rounding
+        assert row[inside].min() > row[~inside].max()
+
+
 def test_each_row_has_its_own_wishes() -> None:
     wishes = [
         Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(temperature=0.1), Sampling(top_k=5, top_p=0.9)
