@@ -64,8 +64,7 @@ class Classifier(nn.Module):
         self.guess_bias = nn.Parameter(torch.zeros(vocab_size)) if guess else None
 
     def read(self, ids_BT: Tensor, lengths_B: Tensor, full_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The trunk's vectors (B, T, D), and logits (B, C) in float32: the trunk's, the linear reader's where there is
-        one, and, in training, the trunk's once more under other noise in the head.
+        """The trunk's vectors (B, T, D), and each reader's logits (B, C) in float32.
 
         Args:
             full_BT: the ids without anything hidden, for the linear reader; None: `ids_BT`.
@@ -74,12 +73,10 @@ class Classifier(nn.Module):
         # No mask where nothing is padded, which is faster and, for one text alone, always so.
         mask_BT = None if bool(real_BT.all()) else real_BT
         x_BTD = self.trunk(self.input(ids_BT), mask=mask_BT)
-        logits = [self.head(x_BTD, mask_BT).float()]
-        if self.wide is not None:
-            logits.append(self.wide(ids_BT if full_BT is None else full_BT, mask_BT))
-        if self.training:
-            logits.append(self.head(x_BTD, mask_BT).float())
-        return x_BTD, logits
+        deep_BC = self.head(x_BTD, mask_BT).float()
+        if self.wide is None:
+            return x_BTD, [deep_BC]
+        return x_BTD, [deep_BC, self.wide(ids_BT if full_BT is None else full_BT, mask_BT)]
 
     def guesses(self, x_ND: Tensor) -> Tensor:
         """Which word stands at hidden positions: (N, D) → (N, V), by the input's own embeddings."""
@@ -87,8 +84,8 @@ class Classifier(nn.Module):
         return F.linear(self.guess(x_ND), self.input.token.weight, self.guess_bias)
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        _, logits = self.read(ids_BT, lengths_B)
-        return logits[0] if self.wide is None else DEEP * logits[0] + (1 - DEEP) * logits[1]
+        _, readers = self.read(ids_BT, lengths_B)
+        return readers[0] if self.wide is None else DEEP * readers[0] + (1 - DEEP) * readers[1]
 
 
 class TextClassification(Task):
@@ -106,7 +103,7 @@ class TextClassification(Task):
             "d_model": 96, "num_layers": 2, "num_heads": 3, "norm": "layernorm", "activation": "relu2",
             "ngrams": [2, 3], "ngram_buckets": 32768,
         },
-        "train": {"steps": 1100, "batch_size": 64, "ema": 0.996},
+        "train": {"steps": 1100, "batch_size": 64, "ema": 0.99},
     }
 
     class Options(base.Options):
@@ -134,10 +131,7 @@ class TextClassification(Task):
         head_dropout: float = Field(0.3, ge=0, lt=1)
         """Share of the pooled vector set to zero in training.
         训练时池化向量随机置零的比例。"""
-        agree: float = Field(2.0, ge=0)
-        """Weight of saying the same under different noise in the head (R-Drop, Liang et al. 2021).
-        要求在不同噪声下给出相同回答的权重（R-Drop，Liang 等 2021）。"""
-        label_smoothing: float = Field(0.05, ge=0, lt=1)
+        label_smoothing: float = Field(0.1, ge=0, lt=1)
         """Share of certainty taken from the true label, for labels that are sometimes wrong.
         从正确标签上拿走的确定性比例，适合标注有误差的数据。"""
         class_weights: Literal["none", "balanced"] = "none"
@@ -249,15 +243,11 @@ class TextClassification(Task):
         ids_BT, rows = batch["ids"].long(), len(batch["label"])
         hidden_BT = batch["hidden"].long() if "hidden" in batch else torch.zeros_like(ids_BT)
         full_BT = torch.where(hidden_BT > 0, hidden_BT - 1, ids_BT)
-        x_BTD, logits = model.read(ids_BT, batch["ids_lengths"], full_BT)  # type: ignore[operator]
-        again_BC = logits.pop() if model.training else None
+        x_BTD, readers = model.read(ids_BT, batch["ids_lengths"], full_BT)  # type: ignore[operator]
         parts = {
             name: self._one_loss(logits_BC, batch["label"], model.training)
-            for name, logits_BC in zip(("deep", "wide"), logits, strict=False)
+            for name, logits_BC in zip(("deep", "wide"), readers, strict=False)
         }
-        if again_BC is not None:
-            parts["deep"] = (parts["deep"] + self._one_loss(again_BC, batch["label"], True)) / 2
-            parts["agree"] = self.options.agree * self._apart(logits[0], again_BC)
         if self.options.guess and "hidden" in batch:
             logits_NV = model.guesses(x_BTD[hidden_BT > 0]).float()  # type: ignore[operator]
             told = F.cross_entropy(logits_NV, hidden_BT[hidden_BT > 0] - 1, reduction="sum")
@@ -273,13 +263,6 @@ class TextClassification(Task):
         target_BC = target.to(logits_BC.dtype) * (1 - smooth) + smooth / 2
         total = F.binary_cross_entropy_with_logits(logits_BC, target_BC, reduction="sum", pos_weight=weight_C)
         return total / logits_BC.shape[1]
-
-    def _apart(self, a_BC: Tensor, b_BC: Tensor) -> Tensor:
-        """Mean of the two Kullback–Leibler divergences between what two logits say, summed over rows: the sum of
-        (p − q)·(a − b) / 2, for one label and for several alike."""
-        p_BC, q_BC = (x.sigmoid() if self.options.multiple else x.softmax(-1) for x in (a_BC, b_BC))
-        apart = ((p_BC - q_BC) * (a_BC - b_BC)).sum() / 2
-        return apart / a_BC.shape[1] if self.options.multiple else apart
 
     def _weights(self, device: torch.device) -> Tensor | None:
         """Balanced: of one label, so that a row weighs 1 on average; of several, what a label's presence weighs."""
