@@ -7,6 +7,7 @@ A decoder-only Transformer over bytes joined to words (BPE) or over characters, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,8 @@ from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import TokenHead
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.trunk import Trunk
+
+_COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
 class LanguageModel(Emitter):
@@ -98,6 +101,10 @@ class TextGeneration(Task):
         tied: bool = True
         """Share the token embedding with the output.
         输入与输出共用词嵌入。"""
+        template: str | None = None
+        """How a row becomes one text, for tables with more to read than one column: "《{title}》{author}\\n{text}\\n".
+        A prompt is taken as it is: "《春望》" asks for what follows such a title.
+        把一行的多列拼成一段文本，例如 "《{title}》{author}\\n{text}\\n"；提示原样使用，如 "《春望》"。"""
         prompts: list[str] = Field(default_factory=list)
         """Texts that the report goes on with, to show what the model writes.
         报告中让模型续写的开头。"""
@@ -105,16 +112,29 @@ class TextGeneration(Task):
     codec: TextCodec
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
-        texts = (row["text"] for row in rows)
+        texts = map(self._text, rows)
         self.codec = TextCodec.fit(texts, kind=self.options.tokenizer, vocab_size=self.options.vocab_size)
 
+    def _text(self, row: dict[str, Any]) -> str:
+        """A row as the text that is learned: the template filled in. A row of `text` alone is a prompt, taken as is."""
+        template = self.options.template
+        if template is None or not row.keys() - {"text"}:
+            return row["text"]
+        missing = [name for name in _COLUMN.findall(template) if name not in row]
+        if missing:
+            raise UserError(tr(
+                f"options.template asks for {{{missing[0]}}}, which this row lacks; it has: {', '.join(row)}",
+                f"options.template 需要 {{{missing[0]}}}，这一行没有；现有的列：{'、'.join(row)}"))
+        return _COLUMN.sub(lambda found: str(row[found[1]]), template)
+
     def encode(self, row: dict[str, Any]) -> Example:
-        ids = self.codec.encode(row["text"])
+        text = self._text(row)
+        ids = self.codec.encode(text)
         # <eos> stands before every document, and so between two: a model learns to end one by foretelling it (as
         # GPT-2's separator does). A piece that continues a longer file has none.
         if not row.get("joined", False):
             ids = np.concatenate((np.array([self.codec.eos], dtype=ids.dtype), ids))
-        size = np.array(len(row["text"].encode("utf-8", "surrogatepass")), dtype=np.int64)
+        size = np.array(len(text.encode("utf-8", "surrogatepass")), dtype=np.int64)
         return {"ids": ids, "bytes": size}
 
     def examples(self, store: Store, part: str) -> Sequence[Example]:
