@@ -241,8 +241,8 @@ class PackedTrunk(nn.Module):
         if kind == "swiglu":
             gate_NF, value_NF = h_NF.chunk(2, dim=1)
             h_NF = F.silu(gate_NF).mul_(value_NF)
-        elif kind == "gelu":
-            h_NF = F.gelu(h_NF)
+        elif kind in ("gelu", "gelu_tanh"):
+            h_NF = F.gelu(h_NF, approximate="tanh" if kind == "gelu_tanh" else "none")
         else:
             h_NF = F.relu(h_NF).square_() if kind == "relu2" else F.relu(h_NF)
         x_ND = x_ND + layer.down(h_NF)

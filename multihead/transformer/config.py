@@ -25,7 +25,8 @@ class TransformerConfig:
     """Width of one head. None: d_model / num_heads."""
     d_ff: int | None = None
     """Inner width of the feed-forward part. None: 4·d_model, or 8/3·d_model to the next 32 for swiglu."""
-    activation: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2"] = "swiglu"
+    """gelu_tanh: GELU by its tanh formula (Hendrycks & Gimpel 2016, section 2), as in GPT-2."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["before", "after"] = "before"
     norm_eps: float = 1e-5
@@ -33,8 +34,16 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = False
     """RMSNorm on queries and keys per head before the rotation (as in Qwen3)."""
+    rope_llama3: tuple[float, float, float, float] | None = None
+    """Rotary angles stretched for long texts as in Llama 3.1: factor, low and high frequency factor, former length."""
     bias: bool = False
     """Biases on every linear map of the trunk."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, even where the other maps have none (Qwen2)."""
+    embedding_norm: bool = False
+    """A norm on the sum of all embeddings, before the trunk (BERT)."""
+    segments: int = 0
+    """Kinds of segments that have an embedding, such as 2 for question and passage (BERT); 0: none."""
     max_length: int = 1024
     """Longest sequence: size of the learned, sinusoidal and rotary tables."""
     dropout: float = 0.0
@@ -97,6 +106,14 @@ class TransformerConfig:
                     "d_head",
                     f"rotary positions turn pairs, so the head width must be even; it is {self.head_size}",
                     f"rotary 位置编码按成对的维度旋转，每个头的宽度必须是偶数；现在是 {self.head_size}",
+                )
+            )
+        if self.segments < 0:
+            found.append(
+                (
+                    "segments",
+                    f"segments is {self.segments}; it must be at least 0",
+                    f"segments 是 {self.segments}，至少要为 0",
                 )
             )
         if not 0.0 <= self.dropout < 1.0:

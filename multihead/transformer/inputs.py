@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.trunk import make_norm
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
@@ -23,7 +24,7 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 
 class TokenInput(nn.Module):
-    """Token embedding, plus positions where the trunk does not rotate, plus hashed n-grams where asked.
+    """Token embedding, plus positions where the trunk does not rotate, plus hashed n-grams and segments where asked.
 
     An n-gram embedding adds to position t a learned vector for the n ids that end at t, found by a hash into a table
     (Pagnoni et al. 2024, "Byte Latent Transformer", section 3.2.1). It costs a look-up and no matrix product, which
@@ -40,14 +41,16 @@ class TokenInput(nn.Module):
         self.max_length = config.max_length
         self.token = nn.Embedding(vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model) if config.positions == "learned" else None
-        table = sinusoids(config.max_length, config.d_model) if self.classic else None
-        self.register_buffer("sinusoids_TD", table, persistent=False)
+        waves = sinusoids(config.max_length, config.d_model) if self.classic else None
+        self.register_buffer("sinusoids_TD", waves, persistent=False)
         self.ngram = nn.Embedding(len(self.orders) * self.buckets, config.d_model) if self.orders else None
+        self.segment = nn.Embedding(config.segments, config.d_model) if config.segments else None
+        self.norm = make_norm(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         std = config.d_model**-0.5
-        nn.init.normal_(self.token.weight, std=std)
-        if self.position is not None:
-            nn.init.normal_(self.position.weight, std=std)
+        for table in (self.token, self.position, self.segment):
+            if table is not None:
+                nn.init.normal_(table.weight, std=std)
         if self.ngram is not None:
             # From zero, so that an n-gram never seen in training adds nothing rather than noise.
             nn.init.zeros_(self.ngram.weight)
@@ -58,12 +61,20 @@ class TokenInput(nn.Module):
         """Ids before the first that its n-grams reach back to."""
         return max(self.orders, default=1) - 1
 
-    def forward(self, ids_BT: Tensor, positions: Tensor | None = None, before_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor | None = None,
+        before_BN: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """ids (B, T) → vectors (B, T, D).
 
         Args:
             positions: (B, T) or (T,), None for 0 … T−1.
             before_BN: the N = ``memory`` ids before the first (decoding with a cache); None at the start of a text.
+            segments_BT: which segment each id belongs to; None: all to the first. Without `config.segments` it has no
+                effect.
         """
         x_BTD = self.token(ids_BT)
         if self.ngram is not None:
@@ -76,7 +87,9 @@ class TokenInput(nn.Module):
         table = self.position.weight if self.position is not None else self.sinusoids_TD
         if table is not None:
             x_BTD = x_BTD + (table[:T] if positions is None else table[positions])
-        return self.dropout(x_BTD)
+        if self.segment is not None:
+            x_BTD = x_BTD + (self.segment.weight[0] if segments_BT is None else self.segment(segments_BT))
+        return self.dropout(x_BTD if self.norm is None else self.norm(x_BTD))
 
 
 def ngram_hashes(ids_BT: Tensor, before_BN: Tensor | None, orders: tuple[int, ...], buckets: int) -> Tensor:

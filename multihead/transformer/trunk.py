@@ -27,9 +27,19 @@ def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_table(head_size: int, max_length: int, theta: float) -> Tensor:
-    """Angles of rotary positions (Su et al. 2021, section 3.2.2): (max_length, 2, E/2), cosines then sines."""
+def rotary_table(
+    head_size: int, max_length: int, theta: float, llama3: tuple[float, float, float, float] | None = None
+) -> Tensor:
+    """Angles of rotary positions (Su et al. 2021, section 3.2.2): (max_length, 2, E/2), cosines then sines.
+
+    `llama3` (factor, low, high, former length): waves that turn fewer than `low` times in the former length are slowed
+    by `factor`, those that turn more than `high` times are kept, with a straight line between (Llama 3.1's code).
+    """
     inverse_E2 = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    if llama3 is not None:
+        factor, low, high, former = llama3
+        kept_E2 = ((former * inverse_E2 / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        inverse_E2 = inverse_E2 * (kept_E2 + (1 - kept_E2) / factor)
     angle_TE2 = torch.arange(max_length, dtype=torch.float64)[:, None] * inverse_E2
     return torch.stack((angle_TE2.cos(), angle_TE2.sin()), dim=1).float()
 
@@ -49,12 +59,13 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
         self.dropout = config.dropout
         q_size, kv_size = self.heads * self.head_size, self.kv_heads * self.head_size
+        bias = config.bias or config.qkv_bias
         if cross:
-            self.q = nn.Linear(config.d_model, q_size, bias=config.bias)
-            self.kv = nn.Linear(config.d_model, 2 * kv_size, bias=config.bias)
+            self.q = nn.Linear(config.d_model, q_size, bias=bias)
+            self.kv = nn.Linear(config.d_model, 2 * kv_size, bias=bias)
             mark_split(self.kv, 2)
         else:
-            self.qkv = nn.Linear(config.d_model, q_size + 2 * kv_size, bias=config.bias)
+            self.qkv = nn.Linear(config.d_model, q_size + 2 * kv_size, bias=bias)
             if q_size == kv_size:
                 mark_split(self.qkv, 3)
         self.out = nn.Linear(q_size, config.d_model, bias=config.bias)
@@ -170,8 +181,8 @@ class FeedForward(nn.Module):
         if self.activation == "swiglu":
             gate_BTF, value_BTF = h_BTF.chunk(2, dim=-1)
             h_BTF = F.silu(gate_BTF) * value_BTF
-        elif self.activation == "gelu":
-            h_BTF = F.gelu(h_BTF)
+        elif self.activation in ("gelu", "gelu_tanh"):
+            h_BTF = F.gelu(h_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         elif self.activation == "relu2":
             h_BTF = F.relu(h_BTF).square()
         else:
@@ -231,7 +242,7 @@ class Trunk(nn.Module):
         self.norm = make_norm(config) if config.norm_position == "before" else None
         table = None
         if config.positions == "rotary":
-            table = rotary_table(config.head_size, config.max_length, config.rope_theta)
+            table = rotary_table(config.head_size, config.max_length, config.rope_theta, config.rope_llama3)
         self.register_buffer("angles_T2E", table, persistent=False)
         self.reset_parameters()
 

@@ -24,6 +24,8 @@ KINDS: list[dict[str, Any]] = [
     {"positions": "sinusoidal", "norm": "layernorm", "norm_position": "after", "activation": "relu", "bias": True},
     {"positions": "none", "activation": "relu2", "norm_position": "after"},
     {"ngrams": (2, 3), "ngram_buckets": 97},
+    {"num_kv_heads": 2, "qkv_bias": True, "rope_llama3": (8.0, 1.0, 4.0, 32.0)},
+    {"positions": "learned", "activation": "gelu_tanh", "embedding_norm": True, "segments": 2, "bias": True},
 ]
 
 
