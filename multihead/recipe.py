@@ -1,16 +1,16 @@
 """The recipe: what to learn, from which data, how. Data, never code; checked whole before anything runs.
 
-Four layers, later ones win: the task's own defaults, ``base: other.yaml``, the file, ``key=value`` on the command line.
-A path is relative to the folder of whoever wrote it: the base's, the recipe's, or on the command line the current one.
-Every fault is reported at once, each with its line.
+Five layers, later ones win: the task's own defaults, the sizes of the weights that ``model.from`` names, ``base:
+other.yaml``, the file, ``key=value`` on the command line. A path is relative to the folder of whoever wrote it: the
+base's, the recipe's, or on the command line the current one. Every fault is reported at once, each with its line.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from multihead import strict_yaml
 from multihead.errors import Problem, UserError, nearest, tr
+from multihead.explain import explain, truths
 from multihead.serve.settings import ServeSettings
 from multihead.strict_yaml import Keys, Source
 from multihead.transformer.config import TransformerConfig
@@ -71,6 +72,42 @@ class Data(Section):
         return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
 
 
+class Lora(Section):
+    """Low-rank adaptation (Hu et al. 2021): weights stay as they are, and small matrices beside them learn."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rows of the small matrices.
+    小矩阵的秩。"""
+    alpha: float = Field(default=16.0, gt=0)
+    """What they add is scaled by alpha / rank.
+    所加部分按 alpha / rank 缩放。"""
+    dropout: Share = 0.0
+    targets: list[Literal["attention", "feed_forward", "all"]] = Field(default=["attention"], min_length=1)
+    """Which linear maps of the trunk.
+    主干网络中的哪些线性映射。"""
+
+
+@dataclass(frozen=True)
+class Model(TransformerConfig):
+    """The recipe's ``model:`` section: the shape, and the weights to start from.
+
+    A plain dataclass as its base is, so that the transformer needs no pydantic; it is checked as strictly.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """``from:`` a run folder, or a folder with a Hugging Face model, whose weights training starts from."""
+    lora: Lora | None = None
+
+
+SHAPE = tuple(field.name for field in fields(TransformerConfig))
+MAY_DIFFER = ("dropout",)
+"""Keys of ``model:`` that need not be those of the weights it starts from."""
+EFFECTIVE = {"num_kv_heads": "kv_heads", "d_head": "head_size", "d_ff": "ff_size"}
+"""Keys whose None stands for a number that follows from others."""
+
+
 class EarlyStop(Section):
     metric: str | None = None
     """A validation metric; none: the task's own.
@@ -81,7 +118,7 @@ class EarlyStop(Section):
 
 
 class Train(Section):
-    steps: int = Field(default=2000, ge=1)
+    steps: int = Field(default=2000, ge=0)
     """Steps of the optimizer in the whole run.
     整个训练的步数。"""
     minutes: float | None = Field(default=None, gt=0)
@@ -164,7 +201,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     data: Data
     options: Any = None
-    model: TransformerConfig = Field(default_factory=TransformerConfig)
+    model: Model = Field(default_factory=Model)
     train: Train = Field(default_factory=Train)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     serve: ServeSettings = Field(default_factory=ServeSettings)
@@ -179,7 +216,10 @@ class Recipe(Section):
 
     def plain(self) -> dict[str, Any]:
         """As JSON-able data, in the order of the sections."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json", by_alias=True)
+        model = values["model"]
+        values["model"] = {"from": model.pop("from"), "lora": model.pop("lora"), **model}
+        return values
 
     def dump(self) -> str:
         """As YAML, every value written out."""
@@ -189,12 +229,15 @@ class Recipe(Section):
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, find: Callable[[str, Path], Any]) -> Recipe:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, find: Callable[[str, Path], Any], settled: bool = False
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         overrides: ``key=value`` texts that win over the file.
         find: ``task.find``: the name of a task and the recipe's folder → its class (``Options`` and ``defaults``).
+        settled: the recipe is a run's own, which holds every size: what it was started from need not be there.
 
     Raises:
         UserError: with every fault, each with its place.
@@ -221,7 +264,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, find: Callable[[str
         problems.append(Problem(tr("`base` stands in the recipe, not on the command line",
                                    "`base` 写在配方里，不能写在命令行上"), typed.place(("base",))))
         typed.values.pop("base")
-    return _check(typed.under(source), path, problems, find)
+    return _check(typed.under(source), path, problems, find, settled)
 
 
 def _base(path: Path, base: Any, source: Source, problems: list[Problem]) -> Source | None:
@@ -247,7 +290,9 @@ def _settle(source: Source, folder: Path, problems: list[Problem]) -> None:
     for name in ("data", "options", "model", "train", "evaluate", "serve"):
         if name in values and values[name] is None:
             del values[name]
-    task, data = values.get("task"), values.get("data")
+    task, data, model = values.get("task"), values.get("data"), values.get("model")
+    if isinstance(model, dict) and "from" in model:
+        model["from"] = resolve(model["from"], folder, problems, source.place(("model", "from")))
     if isinstance(task, str) and task.endswith(".py"):
         values["task"] = resolve(task, folder, problems, source.place(("task",)))
     if not isinstance(data, dict):
@@ -285,7 +330,9 @@ def resolve(value: Any, folder: Path, problems: list[Problem], where: str) -> An
     return os.path.abspath(os.path.join(folder, os.path.expanduser(re.sub(r"\$\{(\w+)\}", expand, value))))
 
 
-def _check(source: Source, path: Path, problems: list[Problem], find: Callable[[str, Path], Any]) -> Recipe:
+def _check(
+    source: Source, path: Path, problems: list[Problem], find: Callable[[str, Path], Any], settled: bool
+) -> Recipe:
     values = source.values
     task: Any = None
     if isinstance(values.get("task"), str):
@@ -294,37 +341,62 @@ def _check(source: Source, path: Path, problems: list[Problem], find: Callable[[
         except UserError as error:
             problems += [Problem(p.message, p.where or source.place(("task",))) for p in error.problems]
     if task is not None:
-        values = strict_yaml.merge({key: dict(section) for key, section in task.defaults.items()}, values)
+        defaults = {key: dict(section) for key, section in task.defaults.items()}
+        shape = None if settled else _origin(source, problems)
+        if shape is not None:  # a task's own sizes are for models that begin from nothing
+            dropout = {k: v for k, v in defaults.pop("model", {}).items() if k in MAY_DIFFER}
+            defaults["model"] = {**dropout, **shape}
+        values = strict_yaml.merge(defaults, values)
         try:
             values["options"] = task.Options.model_validate(values.get("options", {}))
         except ValidationError as error:
-            problems += _explain(error, source, ("options",), list(task.Options.model_fields))
+            problems += explain(error, source, ("options",), lambda at: _keys(at, list(task.Options.model_fields)))
             values.pop("options", None)
     values.setdefault("name", path.stem)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, source, ())
+        problems += explain(error, source, (), _keys)
         raise UserError.many(problems) from None
     problems += [Problem(tr(en, zh), source.place(("model", key))) for key, en, zh in recipe.model.faults()]
-    problems += _truths(source.values, recipe.plain(), (), source)
+    problems += truths(source.values, recipe.plain(), (), source)
     problems += _across(recipe, source)
+    if task is not None and shape is not None:
+        problems += _against(recipe, shape, source)
     if problems:
         raise UserError.many(problems)
     return recipe
 
 
-def _truths(given: Any, made: Any, at: Keys, source: Source) -> list[Problem]:
-    """Faults where true or false was given and pydantic has made a number of it."""
-    if isinstance(given, dict) and isinstance(made, dict):
-        return [p for key, value in given.items() for p in _truths(value, made.get(key), (*at, key), source)]
-    if isinstance(given, list) and isinstance(made, list):
-        pairs = enumerate(zip(given, made, strict=False))
-        return [p for i, (value, other) in pairs for p in _truths(value, other, (*at, str(i)), source)]
-    if not isinstance(given, bool) or isinstance(made, bool) or not isinstance(made, (int, float)):
-        return []
-    key, shown = ".".join(at), json.dumps(given)
-    return [Problem(tr(f"{key} is {shown}; it must be a number", f"{key} 是 {shown}；应为数字"), source.place(at))]
+def _origin(source: Source, problems: list[Problem]) -> dict[str, Any] | None:
+    """The sizes of the weights that ``model.from`` names; None where none are, or they cannot be read."""
+    model = source.values.get("model")
+    wish = model.get("from") if isinstance(model, dict) else None
+    if not isinstance(wish, str):
+        return None
+    from multihead.weights import open_origin  # needs torch, which most recipes are read without
+
+    try:
+        return {key: value for key, value in open_origin(wish).config.items() if key in SHAPE}
+    except UserError as error:
+        problems += [Problem(f"model.from: {p.where + ': ' if p.where else ''}{p.message}",
+                             source.place(("model", "from"))) for p in error.problems]
+        return None
+
+
+def _against(recipe: Recipe, shape: dict[str, Any], source: Source) -> list[Problem]:
+    """Sizes that the recipe gives and that are not those of the weights it starts from."""
+    written, theirs = source.values["model"], TypeAdapter(Model).validate_python(shape)
+    free = {*MAY_DIFFER, *(() if recipe.model.positions == "learned" else ("max_length",))}
+    found = []
+    for key in (key for key in SHAPE if key in written and key not in free):
+        name = EFFECTIVE.get(key, key)
+        ours, other = getattr(recipe.model, name), getattr(theirs, name)
+        if ours != other:
+            en = f"model.{key} is {ours}, but {recipe.model.from_} has {other}: remove the line"
+            zh = f"model.{key} 是 {ours}，而 {recipe.model.from_} 是 {other}：请删去这一行"
+            found.append(Problem(tr(en, zh), source.place(("model", key))))
+    return found
 
 
 def _across(recipe: Recipe, source: Source) -> list[Problem]:
@@ -347,92 +419,27 @@ def _across(recipe: Recipe, source: Source) -> list[Problem]:
     if train.micro_batch and train.batch_size % train.micro_batch:
         fault(f"micro_batch {train.micro_batch} does not divide batch_size {train.batch_size}",
               f"micro_batch {train.micro_batch} 不能整除 batch_size {train.batch_size}", "train", "micro_batch")
+    if recipe.model.lora and not recipe.model.from_:
+        fault("lora adapts weights that are there already; name them with `from:`, or remove `lora:`",
+              "lora 用来调整已有的权重；请用 `from:` 指明权重，或删去 `lora:`", "model", "lora")
+    if not train.steps and not recipe.model.from_:
+        fault("train.steps is 0; it must be ≥ 1 (or 0 with model.from, to take weights as they are)",
+              "train.steps 是 0；应为 ≥ 1（有 model.from 时可为 0，即原样使用权重）", "train", "steps")
     if train.early_stop and recipe.data.valid is None and split.valid == 0:
         fault("early_stop needs validation rows; give data.valid or data.split.valid",
               "early_stop 需要验证数据；请给出 data.valid 或 data.split.valid", "train", "early_stop")
     return found
 
 
-# -- pydantic's faults in words ----------------------------------------------------------------------------------------
-
-_LIMITS = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", "≥"), "less_than": ("lt", "<"),
-           "less_than_equal": ("le", "≤")}
-_KINDS = {
-    "int": ("a whole number", "整数"), "float": ("a number", "数字"), "finite": ("a finite number", "有限的数字"),
-    "string": ("text", "文本"), "bool": ("true or false", "true 或 false"), "list": ("a list", "列表"),
-    "tuple": ("a list", "列表"), "dict": ("a section of keys", "一组键"), "model": ("a section of keys", "一组键"),
-    "dataclass": ("a section of keys", "一组键"),
-}
-_BRANCH = re.compile(r"(str|int|float|bool|none|constrained-\w+)|(literal|list|dict|tuple|function-\w+|nullable)\[.*\]")
-"""How pydantic calls the members of a union in a fault's place; a person did not write that."""
-
-
-def _explain(error: ValidationError, source: Source, above: Keys, options: Sequence[str] = ()) -> list[Problem]:
-    """pydantic's faults as our problems, one a key; `options` are the keys that only the task knows."""
-    faults: dict[Keys, list[Any]] = {}
-    for fault in error.errors(include_url=False):
-        path: Keys = above
-        for part in map(str, fault["loc"]):
-            if (*path, part) in source.places or not _BRANCH.fullmatch(part):
-                path = (*path, part)
-        faults.setdefault(path, []).append(fault)
-    inner = {path[:n] for path in faults for n in range(len(path))}
-    return [Problem(_say(found, path, _keys(path[:-1]) or list(options)), source.place(path))
-            for path, found in faults.items() if path not in inner]
-
-
-def _say(faults: Sequence[Any], path: Keys, allowed: Sequence[str]) -> str:
-    """One message for all that pydantic says of one key: a union has a fault for each of its members."""
-    key, first = ".".join(path), faults[0]
-    kind, given = first["type"], first.get("input")
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        near, names = nearest(path[-1], allowed), ", ".join(allowed)
-        return tr(f"unknown key '{key}'{near}" + (f"; allowed here: {names}" if allowed else "; remove it"),
-                  f"未知的键 '{key}'{near}" + (f"；这里可用：{names}" if allowed else "；请删去"))
-    if kind in ("missing", "missing_argument"):
-        return tr(f"'{key}' is missing; it must be given", f"缺少 '{key}'，必须给出")
-    shown = json.dumps(given, ensure_ascii=False, default=str)
-    shown = shown if len(shown) <= 80 else shown[:79] + "…"
-    wants = list(dict.fromkeys(filter(None, map(_want, faults))))
-    if not wants:
-        why = str((first.get("ctx") or {}).get("error") or first["msg"])
-        return tr(f"{key} is {shown}: {why}", f"{key} 是 {shown}：{why}")
-    words = re.findall(r"'([^']*)'", " ".join(wants))
-    near = nearest(given, words) if isinstance(given, str) else ""
-    return tr(f"{key} is {shown}; it must be {' or '.join(wants)}{near}",
-              f"{key} 是 {shown}；应为 {' 或 '.join(wants)}{near}")
-
-
-def _want(fault: Any) -> str:
-    """What would be right instead; empty where only pydantic's own words say it."""
-    kind, context = fault["type"], fault.get("ctx") or {}
-    if kind == "literal_error":
-        expected = context.get("expected", "")
-        return tr(expected, expected.replace(" or ", " 或 "))
-    if kind in _LIMITS:
-        name, sign = _LIMITS[kind]
-        return f"{sign} {context.get(name)}"
-    if kind in ("too_long", "too_short"):
-        count = context.get("max_length", context.get("min_length"))
-        return tr(f"{count} values", f"{count} 个值")
-    if kind == "string_type" and isinstance(fault.get("input"), (int, float)):
-        return tr("text: put it in quotes", "文本：请加引号")
-    prefix = next((p for p in _KINDS if kind.startswith(p) and not kind.endswith("mismatch")), None)
-    return tr(*_KINDS[prefix]) if prefix else ""
-
-
-def _keys(section: Keys) -> list[str]:
-    """Names allowed in a section of the recipe; empty for a task's own options, which only the task knows."""
+def _keys(section: Keys, options: Sequence[str] = ()) -> list[str]:
+    """Names allowed in a section of the recipe; `options`: those of the task's own, which only the task knows."""
+    if section == ("options",):
+        return list(options)
     if section == ("model",):
-        return list(TransformerConfig.__dataclass_fields__)
-    model: Any = Recipe
-    for name in section:
+        return ["from", "lora", *TransformerConfig.__dataclass_fields__]
+    model: Any = Lora if section == ("model", "lora") else Recipe
+    for name in section if model is Recipe else ():
         field = getattr(model, "model_fields", {}).get(name)
         model = getattr(field, "annotation", None)
         model = next((m for m in getattr(model, "__args__", (model,)) if isinstance(m, type)), None)
     return [*getattr(model, "model_fields", {}), *([] if section else ["base"])]
-
-
-# A recipe's model section is a plain dataclass, so that the transformer needs no pydantic; it is checked as strictly.
-TransformerConfig.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
-TypeAdapter(TransformerConfig)

@@ -255,7 +255,7 @@ def test_every_fault_at_once_each_with_its_line(tmp_path: Path) -> None:
 
 
 def test_faults_of_options_the_base_and_the_command_line_have_their_own_places(tmp_path: Path) -> None:
-    base = written(tmp_path / "base.yaml", "train:\n  steps: 0\nbase: other.yaml\n")
+    base = written(tmp_path / "base.yaml", "train:\n  batch_size: 0\nbase: other.yaml\n")
     path = written(tmp_path / "r.yaml", "base: base.yaml\n" + BASIC + "options:\n  contxt: 5\n")
     found = {p.where: p.message for p in faults(path, "train.lr=-1", "options.vocab_size=few", "steps")}
     assert "one layer" in found[f"{base}:3"] and "≥ 1" in found[f"{base}:2"]
