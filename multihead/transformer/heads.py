@@ -30,17 +30,41 @@ class TokenHead(nn.Module):
         return self.linear(x)
 
 
+class MaskedHead(nn.Module):
+    """Which token stands at a hidden position: (…, D) → (…, V). A linear map, GELU, LayerNorm, and then the token
+    embedding's own weight with a bias for each token (Devlin et al. 2019, BERT's ``cls.predictions``).
+
+    Args:
+        tied: the token embedding.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, tied: nn.Embedding, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.dense = nn.Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=eps)
+        self.decoder = nn.Linear(d_model, vocab_size)
+        self.decoder.weight = tied.weight
+        nn.init.normal_(self.dense.weight, std=d_model**-0.5)
+        nn.init.zeros_(self.dense.bias)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
 class PoolHead(nn.Module):
     """One vector a sequence, then logits over classes: (B, T, D) with mask (B, T) → (B, C).
 
-    `pool`: "mean" over real positions, "first" position, or "attention": one learned query weighs the positions, and
-    the largest value over positions stands beside it, so that one decisive word is not averaged away.
+    `pool`: "mean" over real positions; "first": the first position, a linear map and tanh, as BERT's pooler (Devlin et
+    al. 2019); or "attention": one learned query weighs the positions, and the largest value over positions stands
+    beside it, so that one decisive word is not averaged away.
     """
 
     def __init__(self, d_model: int, classes: int, pool: str = "mean", dropout: float = 0.0) -> None:
         super().__init__()
         self.pool = pool
         self.query = nn.Linear(d_model, 1) if pool == "attention" else None
+        self.pooler = nn.Linear(d_model, d_model) if pool == "first" else None
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(d_model * (2 if pool == "attention" else 1), classes)
         nn.init.normal_(self.linear.weight, std=d_model**-0.5)
@@ -51,8 +75,8 @@ class PoolHead(nn.Module):
 
     def pooled(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """The vector before the last linear map: (B, D), or (B, 2·D) for attention pooling."""
-        if self.pool == "first":
-            return x_BTD[:, 0]
+        if self.pooler is not None:
+            return torch.tanh(self.pooler(x_BTD[:, 0]))
         if mask_BT is None:
             mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
         mask_BT1 = mask_BT[..., None]

@@ -208,6 +208,21 @@ def test_the_wide_table_moves_by_its_rate_times_the_sum_of_gradients() -> None:
     torch.testing.assert_close(table.detach(), -3.0 * gradient)
 
 
+@pytest.mark.parametrize("pool", ["attention", "mean", "first"])
+def test_a_trunk_alone_reads_what_is_there_and_nothing_behind_it(pool: str) -> None:
+    made = fitted([{"text": GOOD, "label": "x"}, {"text": BAD * 2, "label": "y"}], pool=pool, wide=[], hidden=0)
+    model = made.model(TransformerConfig(d_model=16, num_layers=2, num_heads=2, ngrams=(), max_length=256)).eval()
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"input", "trunk", "head"}
+    batch = made.collate([made.encode({"text": t}) for t in (GOOD, BAD * 2)])
+    together, ids = model(batch["ids"].long(), batch["ids_lengths"]), batch["ids"].long()[:1, : len(GOOD)]
+    x = model.trunk(model.input(ids))
+    torch.testing.assert_close(together[:1], model(ids, batch["ids_lengths"][:1]))
+    if pool == "mean":
+        torch.testing.assert_close(together[:1], model.head.linear(x.mean(1)))
+    elif pool == "first":
+        torch.testing.assert_close(together[:1], model.head.linear(torch.tanh(model.head.pooler(x[:, 0]))))
+
+
 def test_the_data_report_counts_classes(tmp_path: Path) -> None:
     data = tmp_path / "rows.csv"
     data.write_text("text,label\n" + "\n".join(f"{'ab'[i % 2] * 3}{i},{'xxxy'[i % 4]}" for i in range(40)), "utf-8")

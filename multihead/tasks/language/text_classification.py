@@ -51,6 +51,7 @@ class Classifier(nn.Module):
         config: TransformerConfig,
         vocab_size: int,
         classes: int,
+        pool: str,
         dropout: float,
         wide: WideHead | None,
         guess: bool,
@@ -58,7 +59,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.input = TokenInput(config, vocab_size)
         self.trunk = Trunk(config)
-        self.head = PoolHead(config.d_model, classes, "attention", dropout)
+        self.head = PoolHead(config.d_model, classes, pool, dropout)
         self.wide = wide
         self.guess = nn.Linear(config.d_model, config.d_model) if guess else None
         self.guess_bias = nn.Parameter(torch.zeros(vocab_size)) if guess else None
@@ -119,6 +120,10 @@ class TextClassification(Task):
         max_tokens: int = Field(256, ge=2)
         """Of a longer text, the first and the last tokens are read, half of each.
         更长的文本只读开头和结尾，各占一半。"""
+        pool: Literal["attention", "mean", "first"] = "attention"
+        """How positions become one vector. mean: their average; attention: a learned average beside the largest values;
+        first: the first position, as BERT does.
+        各位置如何合成一个向量。mean：取平均；attention：学到的加权平均加上最大值；first：取首位置，同 BERT。"""
         wide: tuple[int, ...] = (1, 2, 3)
         """Also read a text as a bag of n-grams of these lengths, weighed by tf-idf; [] reads it by the trunk alone.
         同时把文本当作这些长度的 n 元组的集合来读（tf-idf 加权）；[] 表示只用主干网络。"""
@@ -169,7 +174,11 @@ class TextClassification(Task):
                                f"所有行的标签都是 '{only}'，没有可区分的类别。"
                                "列选对了吗？可用 data.columns.label 指定另一列"))
         self.counts = [*(counts[name] for name in self.labels.names), total]
-        self.codec = TextCodec.fit((row["text"] for row in rows), options.tokenizer, options.vocab_size)
+        origin = getattr(self, "origin", None)
+        if origin is not None:
+            self.codec = origin.codec()
+        else:
+            self.codec = TextCodec.fit((row["text"] for row in rows), options.tokenizer, options.vocab_size)
         held, self.tokens = np.zeros(len(options.wide) * BUCKETS, dtype=np.float32), 0
         for row in rows:
             ids = torch.from_numpy(self._ids(row["text"])).long()
@@ -179,9 +188,12 @@ class TextClassification(Task):
         self.idf = np.where(held > 0, np.log((1 + total) / (1 + held)) + 1, 0).astype(np.float32)
 
     def _ids(self, text: str) -> np.ndarray:
-        ids, most = self.codec.encode(text), self.options.max_tokens
+        ids = self.codec.encode(text)
+        frame = getattr(self.codec, "frame", lambda ids: ids)
+        most = self.options.max_tokens - len(frame(ids[:0]))
         if len(ids) > most:
             ids = np.concatenate((ids[: most - most // 2], ids[len(ids) - most // 2 :]))
+        ids = frame(ids)
         return ids if len(ids) else np.array([self.codec.unk], dtype=ids.dtype)
 
     def encode(self, row: dict[str, Any]) -> Example:
@@ -223,7 +235,8 @@ class TextClassification(Task):
         orders, classes = self.options.wide, len(self.labels)
         wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes) if orders else None
         guess = bool(self.options.guess and self.options.hidden)
-        return Classifier(config, self.codec.vocab_size, classes, self.options.head_dropout, wide, guess)
+        pool, dropout = self.options.pool, self.options.head_dropout
+        return Classifier(config, self.codec.vocab_size, classes, pool, dropout, wide, guess)
 
     def length(self, store: Store) -> np.ndarray:
         return store.lengths("ids")
