@@ -1,7 +1,8 @@
 """Text to numbers and back: byte-level BPE or characters, and labels.
 
 Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over UTF-8 bytes as in GPT-2) starts from all 256 bytes, so no
-text is ever unknown to it and decoding gives back exactly what was encoded.
+text is ever unknown to it and decoding gives back exactly what was encoded. A tokenizer that came with weights from
+elsewhere is a codec too: `codec/foreign.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from multihead.errors import UserError, nearest, tr
 
-Kind = Literal["bpe", "char"]
+Kind = Literal["bpe", "char", "hf"]
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
+MASK = "<mask>"
 BPE_FILE = "tokenizer.json"
 CHAR_FILE = "vocab.json"
+FOREIGN_FILE = "foreign.json"
 LABELS_FILE = "labels.json"
 # BPE is fitted on at most so many characters for each entry of the vocabulary, spread evenly over the texts. Chinese,
 # which has no blanks, costs about 300 bytes of memory and 2.5 microseconds a character.
@@ -66,8 +69,17 @@ class TextCodec:
     """Text ↔ token ids. Make one with ``fit`` or ``load``.
 
     ids 0 … are the special tokens in the order given, then bytes and merges ("bpe") or characters by frequency
-    ("char"). Special tokens are never read from text: "<eos>" in a review is five characters.
+    ("char"). Special tokens are never read from text: "<eos>" in a review is five characters. Only ``encode_masked``
+    reads the mask's name.
     """
+
+    mask: int | None
+    """The id that hides a token, where the codec has one (``fit`` with the special token "<mask>")."""
+    begin: tuple[int, ...]
+    """What stands before a document that is learned as a stream, and before a prompt."""
+    ends: frozenset[int]
+    """Ids that end a text that is generated."""
+    chat_template: str | None = None
 
     def __init__(self, kind: Kind, special: Sequence[str], normalize: str | None,
                  tokenizer: Tokenizer | None = None, characters: Sequence[str] = ()) -> None:
@@ -75,6 +87,8 @@ class TextCodec:
         self.special = tuple(special)
         self.normalize = normalize
         self.pad, self.unk, self.bos, self.eos = (self.special.index(name) for name in SPECIAL)
+        self.mask = self.special.index(MASK) if MASK in self.special else None
+        self.begin, self.ends = (self.eos,), frozenset((self.eos,))
         self._tokenizer = tokenizer
         self._bytes: list[bytes] = [b""] * len(self.special)
         if tokenizer is not None:
@@ -141,6 +155,72 @@ class TextCodec:
         found = self._tokenizer.encode_batch_fast([_whole(t) for t in texts], add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int32) for one in found]
 
+    def encode_masked(self, text: str) -> np.ndarray:
+        """As ``encode``, with the mask's id where its name ("<mask>", or a foreign tokenizer's) stands in `text`.
+
+        Raises UserError where the codec has no mask.
+        """
+        name = self.mask_name
+        if self.mask is None or name is None:
+            raise UserError(tr("this model's codec has no mask token; it was not trained to fill masks",
+                               "这个模型的编码器没有遮盖词元，没有训练过填空"))
+        parts = text.split(name)
+        found = [self.encode(self._before_mask(part)) for part in parts[:-1]] + [self.encode(parts[-1])]
+        mask = np.array([self.mask], dtype=np.int32)
+        return np.concatenate([piece for part in found for piece in (part, mask)][:-1])
+
+    def _before_mask(self, text: str) -> str:
+        return text
+
+    @property
+    def mask_name(self) -> str | None:
+        """How a text says where the mask stands; None without a mask."""
+        return None if self.mask is None else self.special[self.mask]
+
+    def frame(self, ids: np.ndarray) -> np.ndarray:
+        """The ids as one text, the way the weights were trained: unchanged; [CLS] ids [SEP] for a BERT's tokenizer."""
+        return ids
+
+    def frame_pair(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Two texts as one: <bos> a <eos> b <eos> (a foreign tokenizer's own form), and their segments, 0 and 1."""
+        ids = np.concatenate(([self.bos], a, [self.eos], b, [self.eos])).astype(np.int32)
+        return ids, (np.arange(len(ids)) >= len(a) + 2).astype(np.int32)
+
+    def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (T,) of `text` and which of its characters each stands for: (T, 2) int32, start and end.
+
+        A blank before a word belongs to its token but not to its span. Pieces of one character share its span.
+        """
+        if self._tokenizer is None and self._normalizer is None:
+            ids = self.encode(text)
+            start = np.arange(len(ids), dtype=np.int32)
+            return ids, np.stack((start, start + 1), axis=1)
+        found = self.as_tokenizer().encode(_whole(text), add_special_tokens=False)
+        spans = np.array(found.offsets, dtype=np.int32).reshape(-1, 2)
+        for span in spans:
+            while span[1] - span[0] > 1 and text[span[0]].isspace():
+                span[0] += 1
+        return np.array(found.ids, dtype=np.int32), spans
+
+    def as_tokenizer(self) -> Tokenizer:
+        """This codec as a `Tokenizer` of the library `tokenizers`: the same ids for the same text."""
+        if self._tokenizer is None:
+            self._tokenizer_of_characters = getattr(self, "_tokenizer_of_characters", None) or self._word_level()
+            return self._tokenizer_of_characters
+        return self._tokenizer
+
+    def _word_level(self) -> Tokenizer:
+        names = [*self.special, *(c.decode() for c in self._bytes[len(self.special):])]
+        model = models.WordLevel({name: i for i, name in enumerate(names)}, self.special[self.unk])
+        tokenizer = Tokenizer(model)
+        if self._normalizer is not None:
+            tokenizer.normalizer = self._normalizer
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in self.special])
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
         return b"".join(self._bytes[int(i)] for i in ids).decode("utf-8", "replace")
@@ -149,7 +229,7 @@ class TextCodec:
         """The bytes an id stands for; empty for special tokens."""
         return self._bytes[int(id)]
 
-    def stream(self) -> TextStream:
+    def stream(self) -> Any:
         """A decoder that takes one id at a time and never gives out half a character."""
         return TextStream(self._bytes)
 
@@ -169,6 +249,10 @@ class TextCodec:
     def load(cls, folder: str | os.PathLike[str]) -> TextCodec:
         """Read what ``save`` wrote. Raises UserError where it is missing or broken."""
         folder = Path(folder)
+        if (folder / FOREIGN_FILE).exists():
+            from multihead.codec.foreign import ForeignCodec
+
+            return ForeignCodec.load(folder)
         path = folder / (BPE_FILE if (folder / BPE_FILE).exists() else CHAR_FILE)
         text = _read(path)
         try:
