@@ -155,7 +155,7 @@ def _autocast(device: torch.device | str, precision: str | torch.dtype) -> Any:
 
 
 def _lengths(task: Task, examples: Sequence[Example]) -> np.ndarray | None:
-    lengths = task.length(examples) if isinstance(examples, Store) else None
+    lengths = task.length(examples) if isinstance(examples, Store) or hasattr(examples, "lengths") else None
     return lengths if lengths is not None and len(lengths) == len(examples) else None
 
 

@@ -34,6 +34,7 @@ NAMES: dict[str, Pair] = {
     "log_loss": ("log loss", "对数损失"),
     "perplexity": ("perplexity", "困惑度"),
     "bits_per_byte": ("bits per byte", "每字节比特数"),
+    "top5_accuracy": ("right among the first five", "前五命中率"),
     "token_accuracy": ("next token right", "下一词元准确率"),
     "exact_match": ("exact match", "完全匹配率"),
     "lr": ("learning rate", "学习率"),

@@ -53,7 +53,7 @@ def examples(run: Run, most: int = 3) -> list[dict[str, Any]]:
     for part in ("test", "valid"):
         if run.folder.file(f"data/{part}").is_dir() and (store := run.store(part)):
             rows = [store.row(i) for i in range(min(most, len(store)))]
-            return [{c.name: begun(row[c.name], run) for c in run.task.inputs() if c.name in row} for row in rows]
+            return [{name: begun(value, run) for name, value in run.task.sample(row).items()} for row in rows]
     return []
 
 

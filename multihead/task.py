@@ -66,6 +66,14 @@ class Task:
     """What ``Loss.count`` counts: rows, tokens …"""
     emits: ClassVar[bool] = False
     """True where the model has ``start`` and ``step`` and is served token by token."""
+    embeds: ClassVar[bool] = False
+    """True where ``embed`` turns rows into vectors; served at ``/v1/embeddings``."""
+    asks: ClassVar[tuple[str, ...]] = ()
+    """Options that a caller of ``predict`` may give, served beside the input."""
+
+    origin: Any = None
+    """The weights to start from, a `multihead.weights.Origin`: set before ``fit`` where the recipe says ``model.from``,
+    and never where a trained run is opened. ``fit`` takes its codec (``origin.codec()``) instead of fitting one."""
 
     def __init__(self, options: Any = None, seed: int = 0) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -145,6 +153,14 @@ class Task:
         return {}
 
     # -- serve --------------------------------------------------------------------------------------------------------
+
+    def embed(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One vector of length 1 a row, (B, D), by which rows can be compared; where ``embeds`` is true."""
+        raise NotImplementedError(f"{type(self).__name__}.embed")
+
+    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as an input that a person can try. Default: its input columns."""
+        return {column.name: row[column.name] for column in self.inputs() if column.name in row}
 
     def request(self, body: Any) -> dict[str, Any]:
         """One input of ``/v1/predict`` → one row. Default: the object itself, or a bare value as the first column."""

@@ -212,7 +212,7 @@ class Contract:
 
         run = train(recipe_path, run=tmp_path / "run", progress=False)
         rows = sample_rows(type(run.task), 3, seed=3)
-        row = {c.name: rows[0][c.name] for c in run.task.inputs()}
+        row = run.task.sample(rows[0])
         ask = {"max_tokens": 5, "temperature": 0.0} if run.task.emits else {}
         app = create_app([Served(name="contract", task=run.task, model=run.model)], run.recipe.serve)
         with testclient.TestClient(app, base_url="http://127.0.0.1") as client:
