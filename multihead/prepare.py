@@ -128,7 +128,7 @@ def _write(recipe: Recipe, task: Task, sources: Mapping[str, Rows], dealt: Mappi
     bad = 0
     for part in PARTS:
         rows = PartRows(dealt.get(part) or dealt["train"], part)
-        store, found, many = _encode(task, rows, work / "data" / part, part != "train", tick)
+        store, found, many = _encode(task, rows, part, work / "data" / part, part != "train", tick)
         faults, bad = faults + found, bad + many
         report["parts"][part] = describe(task, store)
     refuse_many(faults, sum(p["rows"] for p in report["parts"].values()) + bad, recipe.data.max_rejected, bad)
@@ -184,7 +184,7 @@ def read_part(
     total, limit = len(dealt.keys) + dealt.rejected_count, recipe.data.max_rejected
     refuse_many(dealt.rejected, total, limit, dealt.rejected_count)
     refuse_none(dealt)
-    store, faults, bad = _encode(task, PartRows(dealt, "train"), folder, True, tick)
+    store, faults, bad = _encode(task, PartRows(dealt, "train"), "test", folder, True, tick)
     refuse_many(faults, total, limit, bad)
     return store, rows
 
@@ -342,7 +342,7 @@ def _open(data: Data, paths: str | list[str], task: Task, base: Path, known: boo
 
 
 def _encode(
-    task: Task, rows: Iterable[Row], folder: Path, keep_rows: bool, tick: Tick
+    task: Task, rows: Iterable[Row], part: str, folder: Path, keep_rows: bool, tick: Tick
 ) -> tuple[Store, list[Problem], int]:
     """Write the encoded rows; those that cannot be encoded (a label never seen in training) are left out.
 
@@ -354,6 +354,7 @@ def _encode(
     with StoreWriter(folder) as writer:
         for row in rows:
             try:
+                task.check(row, part)
                 writer.add(task.encode(row), row if keep_rows else None)
             except UserError as error:
                 bad += 1

@@ -88,6 +88,10 @@ class Task:
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
         """Learn codecs from the training rows (read as often as needed; never all in memory)."""
 
+    def check(self, row: dict[str, Any], part: str) -> None:
+        """Raise UserError where a row cannot serve in `part` ("train", "valid", "test") though ``encode`` takes it: one
+        that can be answered and measured, but has nothing to learn from."""
+
     def encode(self, row: dict[str, Any]) -> Example:
         """One raw row → arrays, ragged on their first axis: the only road from raw to numbers.
 

@@ -56,7 +56,14 @@ def value(kind: str, rng: np.random.Generator, i: int) -> Any:
 def sample_rows(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows with a value in every column the task declares."""
     rng = np.random.default_rng(seed)
-    return [{column.name: value(column.kind, rng, i) for column in kind.columns} for i in range(count)]
+    rows = [{column.name: value(column.kind, rng, i) for column in kind.columns} for i in range(count)]
+    for column in kind.columns:
+        if column.kind == "answers":
+            *_, passage = (c.name for c in kind.columns if c.kind == "text")
+            for row in rows:
+                start = int(rng.integers(0, 40))
+                row[column.name] = [{"text": row[passage][start : start + 6].strip(), "answer_start": start}]
+    return rows
 
 
 class Contract:

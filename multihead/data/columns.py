@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from multihead.data.squad import answers
 from multihead.errors import Problem, UserError, nearest, tr
 
-ColumnKind = Literal["text", "label", "labels", "id", "number"]
+ColumnKind = Literal["text", "label", "labels", "id", "number", "answers"]
 
 TEXT_NAMES = ("text", "review", "sentence", "content", "comment", "body", "message", "document", "paragraphs",
               "paragraph", "文本", "评论", "内容", "正文", "句子", "评价", "留言", "评论内容", "文本内容")
@@ -35,7 +36,8 @@ class Row(dict[str, Any]):
 class Column:
     """A column a task asks for: our `name`, what it holds, and other `names` it may have in a file (any case).
 
-    kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "number" int or float.
+    kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "number" int or float;
+    "answers" list of {"text", "answer_start"}, empty for a question that has none (see `squad.answers`).
     """
 
     name: str
@@ -195,6 +197,9 @@ def _few_values(values: Sequence[Any], rows: int) -> bool:
 
 def convert(column: Column, value: Any) -> tuple[Any, str]:
     """(value in the column's form, "") or (None, what is wrong with it)."""
+    if column.kind == "answers" and value is not None:
+        found = answers(value)
+        return (found, "") if found is not None else (None, _wrong_kind(column, value))
     if blank(value):
         if not column.required:
             return None, ""
@@ -240,7 +245,9 @@ def _scalar(value: Any) -> str | None:
 
 def _wrong_kind(column: Column, value: Any) -> str:
     wanted = {"text": ("text", "文本"), "label": ("a label", "标签"), "labels": ("a list of labels", "标签列表"),
-              "id": ("an id", "编号"), "number": ("a number", "数字")}[column.kind]
+              "id": ("an id", "编号"), "number": ("a number", "数字"),
+              "answers": ("an answer, or a list of answers, each a text or {text, answer_start}",
+                          "答案或答案列表，每个答案是文本或 {text, answer_start}")}[column.kind]
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     return tr(f"'{column.name}' should be {wanted[0]}, not {shown} ({type(value).__name__})",

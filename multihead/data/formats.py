@@ -24,11 +24,14 @@ class Record(NamedTuple):
     line: int
     values: dict[str, Any]
     problem: str = ""
+    place: str = ""
+    """Where in the file it stands, if a line does not say it: the id of a question in nested JSON."""
 
 
 @dataclass
 class Format:
-    """The form of one file. `header_line` is 0 where there is no header; `names` are the columns, where fixed."""
+    """The form of one file. `header_line` is 0 where there is no header; `names` are the columns, where fixed; `nested`
+    JSON holds questions within passages within articles (SQuAD)."""
 
     name: FormatName
     encoding: str = "utf-8"
@@ -37,6 +40,7 @@ class Format:
     quoted: bool = True
     header_line: int = 0
     names: list[str] = field(default_factory=list)
+    nested: Literal["", "questions", "passages"] = ""
 
 
 def texts(source: Source, encoding: str | None, lone: bool = True) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Files of a person's data as rows: streamed, with the place of each, and the faulty ones listed with the reason.
 
-Forms (txt, JSONL, JSON, CSV and other delimited tables, Parquet; any of them gzipped), encodings and columns are found
-by content. What was found stands in ``Rows.guess``; a recipe's ``data`` section overrides it.
+Forms (txt, JSONL, JSON, also nested as SQuAD's, CSV and other delimited tables, Parquet; any of them gzipped),
+encodings and columns are found by content. What was found stands in ``Rows.guess``; a recipe's ``data`` section
+overrides it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multihead.data.columns import LABEL_NAMES, TEXT_NAMES, Column, Matched, Row, convert, match_columns
+from multihead.data.columns import (
+    LABEL_NAMES,
+    TEXT_NAMES,
+    Column,
+    Matched,
+    Row,
+    convert,
+    match_columns,
+    plain_name,
+    synonyms,
+)
 from multihead.data.files import Paths, Source, find_sources
 from multihead.data.formats import Format, Record, pieces, read_csv, read_jsonl, whole_text
 from multihead.data.json_array import read_json
 from multihead.data.parquet import read_parquet
 from multihead.data.sniff import Wanted, sniff
+from multihead.data.squad import nested, unfold
 from multihead.errors import Problem, UserError, tr
 
 __all__ = ["LABEL_NAMES", "TEXT_NAMES", "Column", "Row", "Rows", "open_rows"]
@@ -64,7 +76,8 @@ def _records(source: Source, form: Format, encoding: str | None) -> Iterator[Rec
         return read_csv(source, form, encoding)
     if form.name == "parquet":
         return read_parquet(source)
-    return read_jsonl(source, encoding) if form.name == "jsonl" else read_json(source, encoding)
+    records = read_jsonl(source, encoding) if form.name == "jsonl" else read_json(source, encoding)
+    return unfold(records, form.nested) if form.nested else records
 
 
 def _look(source: Source, wanted: Wanted) -> _File:
@@ -74,13 +87,16 @@ def _look(source: Source, wanted: Wanted) -> _File:
         _look_text(file, wanted)
         return file
     sample = list(itertools.islice(_records(source, form, wanted.encoding), _SAMPLE))
+    if form.name in ("json", "jsonl") and nested([r.values for r in sample]):
+        form.nested = "questions" if any(plain_name("question") in synonyms(c) for c in wanted.columns) else "passages"
+        sample = list(itertools.islice(_records(source, form, wanted.encoding), _SAMPLE))
     good = [r.values for r in sample if not r.problem]
     if not good:
         if not sample:
             raise UserError(tr("there is no row in this file", "这个文件里没有数据行"), where=source.name)
-        raise UserError.many([Problem(r.problem, f"{source.name}:{r.line}") for r in sample[:5]])
+        raise UserError.many([Problem(r.problem, f"{source.name}:{r.place or r.line}") for r in sample[:5]])
     file.header = form.names or list(dict.fromkeys(str(k) for values in good for k in values))
-    place = f"{source.name}:{form.header_line or sample[0].line}"
+    place = f"{source.name}:{form.header_line or sample[0].place or sample[0].line}"
     file.matched = match_columns(wanted.columns, wanted.mapping, file.header, good, place,
                                  named=form.name != "csv" or form.header_line > 0)
     return file
@@ -141,8 +157,9 @@ class Rows:
         form = file.form
         return {
             "file": file.source.name, "format": form.name, "encoding": form.encoding, "packed": form.packed,
-            "delimiter": form.delimiter, "header": form.header_line > 0, "columns": list(file.header),
-            "mapping": dict(file.matched.theirs), "how": dict(file.matched.how),
+            "nested": form.nested, "delimiter": form.delimiter, "header": form.header_line > 0,
+            "columns": list(file.header), "mapping": dict(file.matched.theirs),
+            "how": dict(file.matched.how),
         }
 
     def describe(self) -> list[str]:
@@ -182,7 +199,7 @@ class Rows:
         taken = set(file.matched.theirs.values()) | {c.name for c in self._wanted.columns}
         pairs = [(c, file.matched.theirs[c.name]) for c in self._wanted.columns if c.name in file.matched.theirs]
         for record in _records(file.source, file.form, self._wanted.encoding):
-            where = f"{name}:{record.line}"
+            where = f"{name}:{record.place or record.line}"
             if record.problem:
                 self._reject(record.problem, where)
                 continue
@@ -235,6 +252,8 @@ def _how_read(about: Mapping[str, Any]) -> str:
         form = tr("plain text", "纯文本")
     else:
         form = form.upper() if form != "parquet" else "Parquet"
+        form += {"questions": tr(" of passages with questions", "（段落与问题，SQuAD 形式）"),
+                 "passages": tr(" of passages", "（段落）")}.get(about["nested"], "")
     parts = [form, about["encoding"].upper(), "gzip" if about["packed"] else ""]
     words = {"name": tr("by name", "按列名"), "content": tr("by content", "按内容"), "given": tr("given", "配方指定"),
              "folder": tr("the folder's name", "文件夹名")}
