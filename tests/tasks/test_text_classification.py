@@ -65,8 +65,8 @@ class Says(torch.nn.Module):
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return self.logits
 
-    def read(self, ids: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return torch.zeros(*ids.shape, 1), [self.logits]
+    def deep(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(*ids.shape, 1), self.logits
 
 
 def test_a_long_text_keeps_its_head_and_its_tail() -> None:
@@ -91,7 +91,7 @@ def test_the_loss_is_the_cross_entropy_and_balance_makes_labels_equal() -> None:
     rows = [{"text": "a", "label": "x"}] * 3 + [{"text": "b", "label": "y"}]
     logits = [[2.0, 0.0], [0.0, 1.0], [0.5, 0.5], [3.0, 0.0]]
     for how, weight in (("none", [1.0, 1.0]), ("balanced", [4 / (2 * 3), 4 / (2 * 1)])):
-        made = fitted(rows, class_weights=how, label_smoothing=0.0)
+        made = fitted(rows, class_weights=how, label_smoothing=0.0, wide=[])
         batch = made.collate([made.encode(row) for row in rows])
         loss = made.loss(Says(logits).eval(), batch)
         p = torch.tensor(logits).softmax(-1)[torch.arange(4), [0, 0, 0, 1]]
@@ -102,7 +102,7 @@ def test_the_loss_is_the_cross_entropy_and_balance_makes_labels_equal() -> None:
 
 def test_several_labels_are_judged_each_alone() -> None:
     rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["z"]}]
-    made = fitted(rows, multiple=True, label_smoothing=0.0)
+    made = fitted(rows, multiple=True, label_smoothing=0.0, wide=[])
     batch = made.collate([made.encode(row) for row in rows])
     logits = [[1.0, -0.2, -3.0], [-2.0, -1.0, -0.1]]
     p = 1 / (1 + np.exp(-np.array(logits)))
@@ -168,14 +168,37 @@ def test_what_the_report_shows_agrees_with_scikit_learn(tmp_path: Path) -> None:
         assert {k: v[r] for k, v in drawn.items()} == pytest.approx({k: float(v) for k, v in alone.items()})
 
 
-def test_hidden_tokens_come_from_the_generator_alone() -> None:
-    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], hidden=0.3)
-    example = made.encode({"text": GOOD * 20, "label": "x"})
+def test_the_share_of_hidden_tokens_differs_from_text_to_text() -> None:
+    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], hidden=0.3, max_tokens=512, agree=1)
+    example = made.encode({"text": GOOD * 50, "label": "x"})
     one, two = (made.augment(example, np.random.default_rng(5)) for _ in range(2))
-    assert np.array_equal(one["ids"], two["ids"]) and one["label"] == 0
-    hidden = one["ids"] != example["ids"]
-    assert 0.2 < hidden.mean() < 0.4 and (one["ids"][hidden] == made.codec.unk).all()
-    assert np.array_equal(one["hidden"], np.where(hidden, example["ids"] + 1, 0))
+    assert all(np.array_equal(one[k], two[k]) for k in one) and np.array_equal(one["ids"], example["ids"])
+    rng = np.random.default_rng(0)
+    shares = np.stack([made.augment(example, rng)["hidden"].mean(0) for _ in range(300)])
+    # Uniform from 0 to 0.6: mean 0.3, standard deviation 0.6/√12 = 0.173; the two readings independent.
+    np.testing.assert_allclose(shares.mean(0), 0.3, atol=0.04)
+    np.testing.assert_allclose(shares.std(0), 0.173, atol=0.03)
+    assert abs(np.corrcoef(shares.T)[0, 1]) < 0.2
+
+
+def test_two_readings_that_agree_cost_nothing_and_others_their_divergence() -> None:
+    a, b = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 0.3]]), torch.tensor([[1.0, 0.0, 0.5], [0.4, -1.0, 0.0]])
+    for several in (False, True):
+        rows = [{"text": t, "label": [t] if several else t} for t in "xyz"]
+        made = fitted(rows, multiple=several)
+        pick = torch.distributions.Bernoulli if several else torch.distributions.Categorical
+        p, q = pick(logits=a), pick(logits=b)
+        both = torch.distributions.kl_divergence(p, q).sum() + torch.distributions.kl_divergence(q, p).sum()
+        assert float(made._apart(a, b)) == pytest.approx(float(both) / 2 / (3 if several else 1), rel=1e-5)
+        assert float(made._apart(a, a)) == 0
+    made = fitted([{"text": GOOD, "label": "x"}, {"text": BAD, "label": "y"}], agree=2.0, hidden=1e-9, head_dropout=0)
+    model = made.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2, ngram_buckets=64))
+    examples = [made.encode({"text": GOOD, "label": "x"}), made.encode({"text": BAD, "label": "y"})]
+    noisy = made.collate([made.augment(example, np.random.default_rng(0)) for example in examples])
+    twice, once = made.loss(model, noisy), made.loss(model, made.collate(examples))
+    # With nothing hidden both readings are the same, and the loss is that of one.
+    assert noisy["hidden"].shape[-1] == 2 and float(twice.parts["agree"].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(twice.total.detach()) == pytest.approx(float(once.total.detach()), rel=1e-5)
 
 
 def test_the_wide_reader_weighs_words_as_scikit_learn_does() -> None:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multihead import task as base
-from multihead.codec.text import LabelCodec, TextCodec
+from multihead.codec.text import SPECIAL, LabelCodec, TextCodec
 from multihead.data.rows import LABEL_NAMES, TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
@@ -35,7 +35,6 @@ from multihead.transformer.trunk import Trunk
 
 BINS = 15
 BUCKETS = 1 << 17
-DEEP = 0.4  # the trunk's share of the answer; the linear reader, which is less sure of itself, has the rest
 MISTAKES = 30
 
 
@@ -43,7 +42,8 @@ class Classifier(nn.Module):
     """Texts → logits over classes. ids (B, T), padded on the right, of lengths (B,) → (B, C).
 
     Two readers that learn apart: a trunk reads the order of the words and, where `wide` is given, a linear map reads
-    their n-grams. The answer is a weighted mean of their logits. In training the trunk also guesses hidden words.
+    their n-grams. The answer is a mean of their logits, the trunk's weighed by `share`. In training the trunk also
+    guesses hidden words.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class Classifier(nn.Module):
         pool: str,
         dropout: float,
         wide: WideHead | None,
+        share: float,
         guess: bool,
     ) -> None:
         super().__init__()
+        self.share = share
         self.input = TokenInput(config, vocab_size)
         self.trunk = Trunk(config)
         self.head = PoolHead(config.d_model, classes, pool, dropout)
@@ -64,20 +66,11 @@ class Classifier(nn.Module):
         self.guess = nn.Linear(config.d_model, config.d_model) if guess else None
         self.guess_bias = nn.Parameter(torch.zeros(vocab_size)) if guess else None
 
-    def read(self, ids_BT: Tensor, lengths_B: Tensor, full_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The trunk's vectors (B, T, D), and each reader's logits (B, C) in float32.
-
-        Args:
-            full_BT: the ids without anything hidden, for the linear reader; None: `ids_BT`.
-        """
-        real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
-        # No mask where nothing is padded, which is faster and, for one text alone, always so.
-        mask_BT = None if bool(real_BT.all()) else real_BT
-        x_BTD = self.trunk(self.input(ids_BT), mask=mask_BT)
-        deep_BC = self.head(x_BTD, mask_BT).float()
-        if self.wide is None:
-            return x_BTD, [deep_BC]
-        return x_BTD, [deep_BC, self.wide(ids_BT if full_BT is None else full_BT, mask_BT)]
+    def deep(self, ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The trunk's vectors (B, T, D) and its logits (B, C) in float32."""
+        real_BT = real(ids_BT, lengths_B)
+        x_BTD = self.trunk(self.input(ids_BT), mask=real_BT)
+        return x_BTD, self.head(x_BTD, real_BT).float()
 
     def guesses(self, x_ND: Tensor) -> Tensor:
         """Which word stands at hidden positions: (N, D) → (N, V), by the input's own embeddings."""
@@ -85,8 +78,17 @@ class Classifier(nn.Module):
         return F.linear(self.guess(x_ND), self.input.token.weight, self.guess_bias)
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        _, readers = self.read(ids_BT, lengths_B)
-        return readers[0] if self.wide is None else DEEP * readers[0] + (1 - DEEP) * readers[1]
+        deep_BC = self.deep(ids_BT, lengths_B)[1]
+        if self.wide is None:
+            return deep_BC
+        return self.share * deep_BC + (1 - self.share) * self.wide(ids_BT, real(ids_BT, lengths_B))
+
+
+def real(ids_BT: Tensor, lengths_B: Tensor) -> Tensor | None:
+    """(B, T) bool, where a row has tokens; None where nothing is padded, which is faster and, for one text, always so.
+    """
+    real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
+    return None if bool(real_BT.all()) else real_BT
 
 
 class TextClassification(Task):
@@ -127,9 +129,16 @@ class TextClassification(Task):
         wide: tuple[int, ...] = (1, 2, 3)
         """Also read a text as a bag of n-grams of these lengths, weighed by tf-idf; [] reads it by the trunk alone.
         同时把文本当作这些长度的 n 元组的集合来读（tf-idf 加权）；[] 表示只用主干网络。"""
-        hidden: float = Field(0.2, ge=0, lt=1)
-        """Share of tokens hidden in training, so that no single word decides.
-        训练时随机遮住的词元比例，使结果不依赖单个词。"""
+        share: float = Field(0.4, ge=0, le=1)
+        """The trunk's share of the answer; the bag of n-grams, which is less sure of itself, has the rest.
+        主干网络在结果中所占的比重；其余来自 n 元组（其把握通常较小）。"""
+        hidden: float = Field(0.2, ge=0, le=0.5)
+        """Share of tokens hidden in training, in each text from none to twice as many, so that no single word decides.
+        训练时随机遮住的词元比例（每条文本在 0 到两倍之间），使结果不依赖单个词。"""
+        agree: float = Field(0.0, ge=0)
+        """Read each text twice, with other tokens hidden, and weigh by this how far the two answers differ (R-Drop,
+        Liang et al. 2021); twice the time.
+        每条文本读两遍（遮住的词元不同），并以此权重要求两次回答一致（R-Drop，Liang 等 2021）；耗时加倍。"""
         guess: float = Field(0.3, ge=0)
         """Weight of guessing the hidden tokens beside giving the label: the texts themselves teach the language.
         除了打标签，还要猜出被遮住的词元，这一项的权重：文本本身就能教会模型语言。"""
@@ -178,7 +187,8 @@ class TextClassification(Task):
         if origin is not None:
             self.codec = origin.codec()
         else:
-            self.codec = TextCodec.fit((row["text"] for row in rows), options.tokenizer, options.vocab_size)
+            texts = (row["text"] for row in rows)
+            self.codec = TextCodec.fit(texts, options.tokenizer, options.vocab_size, (*SPECIAL, "<mask>"))
         held, self.tokens = np.zeros(len(options.wide) * BUCKETS, dtype=np.float32), 0
         for row in rows:
             ids = torch.from_numpy(self._ids(row["text"])).long()
@@ -189,11 +199,10 @@ class TextClassification(Task):
 
     def _ids(self, text: str) -> np.ndarray:
         ids = self.codec.encode(text)
-        frame = getattr(self.codec, "frame", lambda ids: ids)
-        most = self.options.max_tokens - len(frame(ids[:0]))
+        most = self.options.max_tokens - len(self.codec.frame(ids[:0]))
         if len(ids) > most:
             ids = np.concatenate((ids[: most - most // 2], ids[len(ids) - most // 2 :]))
-        ids = frame(ids)
+        ids = self.codec.frame(ids)
         return ids if len(ids) else np.array([self.codec.unk], dtype=ids.dtype)
 
     def encode(self, row: dict[str, Any]) -> Example:
@@ -235,38 +244,55 @@ class TextClassification(Task):
         orders, classes = self.options.wide, len(self.labels)
         wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes) if orders else None
         guess = bool(self.options.guess and self.options.hidden)
-        pool, dropout = self.options.pool, self.options.head_dropout
-        return Classifier(config, self.codec.vocab_size, classes, pool, dropout, wide, guess)
+        o = self.options
+        return Classifier(config, self.codec.vocab_size, classes, o.pool, o.head_dropout, wide, o.share, guess)
 
     def length(self, store: Store) -> np.ndarray:
         return store.lengths("ids")
 
+    @property
+    def _mask(self) -> int:
+        return self.codec.unk if self.codec.mask is None else self.codec.mask
+
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """Hide some tokens ("word dropout", Iyyer et al. 2015, section 3.2); ``hidden`` holds them plus one, else 0."""
-        share, ids = self.options.hidden, example["ids"]
-        if not share:
+        """Choose tokens to hide ("word dropout", Iyyer et al. 2015, section 3.2), of each text another share:
+        ``hidden`` (T, readings)."""
+        o, ids = self.options, np.asarray(example["ids"])
+        if not o.hidden:
             return example
-        hide = rng.random(len(ids)) < share
-        return {**example, "ids": np.where(hide, self.codec.unk, ids), "hidden": np.where(hide, ids + 1, 0)}
+        readings = 2 if o.agree else 1
+        hidden = rng.random((len(ids), readings)) < 2 * o.hidden * rng.random(readings)
+        hidden &= ((ids != self.codec.bos) & (ids != self.codec.eos))[:, None]
+        return {**example, "hidden": hidden.astype(np.uint8)}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Each reader's own loss, since they err on different rows only if neither leans on the other; and, in
-        training, ``options.guess`` times that of the hidden tokens (Devlin et al. 2019, section 3.1), as if each row
-        hid one."""
-        ids_BT, rows = batch["ids"].long(), len(batch["label"])
-        hidden_BT = batch["hidden"].long() if "hidden" in batch else torch.zeros_like(ids_BT)
-        full_BT = torch.where(hidden_BT > 0, hidden_BT - 1, ids_BT)
-        x_BTD, readers = model.read(ids_BT, batch["ids_lengths"], full_BT)  # type: ignore[operator]
-        parts = {
-            name: self._one_loss(logits_BC, batch["label"], model.training)
-            for name, logits_BC in zip(("deep", "wide"), readers, strict=False)
-        }
-        if self.options.guess and "hidden" in batch:
-            logits_NV = model.guesses(x_BTD[hidden_BT > 0]).float()  # type: ignore[operator]
-            told = F.cross_entropy(logits_NV, hidden_BT[hidden_BT > 0] - 1, reduction="sum")
+        """Each reader's own loss, since they err on different rows only if neither leans on the other; and in training,
+        how far two readings of a text differ, and what it costs to guess the hidden tokens."""
+        o, full_BT, lengths_B, label = self.options, batch["ids"].long(), batch["ids_lengths"], batch["label"]
+        hidden_BT = torch.cat(batch["hidden"].unbind(-1)).bool() if "hidden" in batch else None
+        n = 1 if hidden_BT is None else len(hidden_BT) // len(label)
+        ids_BT, target = torch.cat([full_BT] * n), torch.cat([label] * n)
+        seen_BT = ids_BT if hidden_BT is None else ids_BT.masked_fill(hidden_BT, self._mask)
+        x_BTD, deep_BC = model.deep(seen_BT, torch.cat([lengths_B] * n))  # type: ignore[operator]
+        parts = {"deep": self._one_loss(deep_BC, target, model.training) / n}
+        if n == 2:
+            parts["agree"] = o.agree * self._apart(*deep_BC.chunk(2))
+        if o.wide:
+            wide_BC = model.wide(full_BT, real(full_BT, lengths_B))  # type: ignore[operator]
+            parts["wide"] = self._one_loss(wide_BC, label, model.training)
+        if o.guess and hidden_BT is not None:
+            logits_NV = model.guesses(x_BTD[hidden_BT]).float()  # type: ignore[operator]
+            told = F.cross_entropy(logits_NV, ids_BT[hidden_BT], reduction="sum") / n
             # By the mean number of hidden tokens, not by this batch's own: a sum over rows stays a sum over rows.
-            parts["guess"] = told * (self.options.guess / (self.options.hidden * self.tokens / self.counts[-1]))
-        return Loss(torch.stack(list(parts.values())).sum(), rows, parts)
+            parts["guess"] = told * (o.guess / (o.hidden * self.tokens / self.counts[-1]))
+        return Loss(torch.stack(list(parts.values())).sum(), len(label), parts)
+
+    def _apart(self, a_BC: Tensor, b_BC: Tensor) -> Tensor:
+        """Mean of the two Kullback–Leibler divergences between what two logits say, summed over rows: the sum of
+        (p − q)·(a − b) / 2, for one label and for several alike."""
+        p_BC, q_BC = (x.sigmoid() if self.options.multiple else x.softmax(-1) for x in (a_BC, b_BC))
+        apart = ((p_BC - q_BC) * (a_BC - b_BC)).sum() / 2
+        return apart / a_BC.shape[1] if self.options.multiple else apart
 
     def _one_loss(self, logits_BC: Tensor, target: Tensor, training: bool) -> Tensor:
         weight_C = self._weights(logits_BC.device)
