@@ -25,14 +25,14 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from multihead import __version__
 from multihead.errors import UserError, tr
-from multihead.serve import openai, predict
+from multihead.serve import embeddings, openai, predict
 from multihead.serve.guard import LOCAL, Guard
 from multihead.serve.hosted import Hosted, Served
 from multihead.serve.intake import ERRORS, BadBody, of_validation, pick
 from multihead.serve.metrics import Metrics
 from multihead.serve.problems import ApiError, PlainJSON
 from multihead.serve.settings import ServeSettings
-from multihead.serve.wire import ChatBody, CompletionBody
+from multihead.serve.wire import ChatBody, CompletionBody, EmbeddingBody
 
 __all__ = ["ServeSettings", "Served", "create_app", "run"]
 PAGE = Path(__file__).with_name("page.html")
@@ -81,6 +81,7 @@ def create_app(served: Sequence[Served], settings: ServeSettings | None = None) 
     app.state.models, app.state.settings, app.state.server, app.state.metrics = models, settings, state, metrics
     state.ready = True
     app.include_router(openai.router)
+    app.include_router(embeddings.router)
     app.include_router(predict.router(models, settings))
     _add_plain_routes(app, models, state)
     _add_handlers(app)
@@ -135,7 +136,7 @@ def _add_plain_routes(app: FastAPI, models: dict[str, Hosted], state: State) -> 
 
 
 def _add_handlers(app: FastAPI) -> None:
-    fields = sorted({*CompletionBody.model_fields, *ChatBody.model_fields})
+    fields = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields})
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,18 +29,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Call:
-    """One request: its rows, and the promise of their answers."""
+    """One request: its rows, and the promise of their answers.
 
-    rows: Sequence[dict[str, Any]]
+    Args:
+        examples: the rows where they are encoded already.
+        embed: vectors are wanted, not answers.
+    """
+
+    rows: Sequence[Any]
     ask: dict[str, Any]
-    future: Future[list[Answer]] = field(default_factory=Future)
+    future: Future[list[Any]] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
     examples: list[Example] = field(default_factory=list)
+    embed: bool = False
 
     def __post_init__(self) -> None:
-        self.key = json.dumps(self.ask, sort_keys=True, default=repr)
+        keys = sorted(self.examples[0]) if self.examples else []
+        self.key = json.dumps([self.embed, keys, self.ask], sort_keys=True, default=repr)
 
-    def settle(self, answers: list[Answer] | None, error: BaseException | None = None) -> None:
+    def settle(self, answers: list[Any] | None, error: BaseException | None = None) -> None:
         """Keep the promise, unless the caller has gone."""
         try:
             if error is not None:
@@ -92,6 +100,12 @@ class Batcher:
             Busy, Draining: no work is taken now.
         """
         call = Call(rows, ask)
+        self.submit(call)
+        return await asyncio.wrap_future(call.future)
+
+    async def embed(self, examples: list[Example]) -> list[np.ndarray]:
+        """The vector of each encoded row, (D,) float32. Cancelling and errors: as ``answer``."""
+        call = Call(examples, {}, examples=examples, embed=True)
         self.submit(call)
         return await asyncio.wrap_future(call.future)
 
@@ -174,7 +188,7 @@ class Batcher:
             return
         if len(calls) > 1:
             try:
-                found = self._predict([example for call in calls for example in call.examples], calls[0].ask)
+                found = self._predict([example for call in calls for example in call.examples], calls[0])
             except Exception:
                 log.exception("%s: a batch of %d requests failed; each is answered alone", self.name, len(calls))
             else:
@@ -184,16 +198,16 @@ class Batcher:
                 return
         for call in calls:
             try:
-                answers: list[Answer] = []
+                answers: list[Any] = []
                 while len(answers) < len(call.rows) and not call.future.done():
-                    answers += self._predict(call.examples[len(answers) : len(answers) + self.max_batch], call.ask)
+                    answers += self._predict(call.examples[len(answers) : len(answers) + self.max_batch], call)
                 call.settle(answers)
             except Exception as error:
                 call.settle(None, error)
 
     def _encode(self, call: Call) -> bool:
         problems = []
-        for i, row in enumerate(call.rows):
+        for i, row in enumerate(call.rows if not call.examples else ()):
             try:
                 call.examples.append(self.task.encode(row))
             except UserError as error:
@@ -208,7 +222,8 @@ class Batcher:
             call.settle(None, UserError.many(problems))
         return not problems
 
-    def _predict(self, examples: list[Example], ask: dict[str, Any]) -> list[Answer]:
+    def _predict(self, examples: list[Example], call: Call) -> list[Any]:
+        """What `call` wants of `examples`: answers, or vectors."""
         if self.on_batch is not None:
             self.on_batch(len(examples))
         with torch.inference_mode():
@@ -216,7 +231,11 @@ class Batcher:
                 key: value.to(self._device) if isinstance(value, torch.Tensor) else value
                 for key, value in self.task.collate(examples).items()
             }
-            answers = self.task.predict(self.model, batch, dict(ask))
+            answers: list[Any] = []
+            if call.embed:
+                answers = list(self.task.embed(self.model, batch).float().cpu().numpy())
+            else:
+                answers = self.task.predict(self.model, batch, dict(call.ask))
         if len(answers) != len(examples):
-            raise ValueError(f"{type(self.task).__name__}.predict gave {len(answers)} answers to {len(examples)} rows")
+            raise ValueError(f"{type(self.task).__name__} gave {len(answers)} answers to {len(examples)} rows")
         return answers

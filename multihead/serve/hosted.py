@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from multihead.data.rows import Column
@@ -87,6 +88,11 @@ class Hosted:
         """The options a caller may send beside the input."""
         return SAMPLING if self.engine is not None else tuple(getattr(self.task, "asks", ()))
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it gives vectors."""
+        return self.task.embeds and self.batcher is not None
+
     def card(self) -> dict[str, Any]:
         """The model as ``/v1/models`` shows it: the fields of the OpenAI API, and what the page needs to know."""
         title = self.task.title
@@ -100,6 +106,7 @@ class Hosted:
             "title": {"en": title[0], "zh": title[1]},
             "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.task.inputs()],
             "options": list(self.asks),
+            "embeds": self.embeds,
             "max_tokens": min(self.settings.max_tokens, self.engine.model.max_length - 1) if self.engine else None,
             "examples": list(self.served.examples),
         }
@@ -175,6 +182,50 @@ class Hosted:
                 raise of_user_error(error, param=error.problems[0].where or "input", code="invalid_row") from None
         return [self.task.response(answer) for answer in answers]
 
+    async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[np.ndarray], int]:
+        """The vector of each text (or token ids), (D,) float32, and how many tokens were read.
+
+        Raises:
+            ApiError: too many inputs, or too long; one that is empty or cannot be read; no room.
+        """
+        assert self.batcher is not None
+        if len(inputs) > (most := self.settings.max_rows):
+            raise ApiError(422, tr(f"{len(inputs)} inputs are more than the {most} this model takes",
+                                   f"{len(inputs)} 条输入超过这个模型的上限 {most}"), "input", "too_many_rows")
+        several = len(inputs) > 1
+        examples = await asyncio.to_thread(
+            lambda: [self._read(one, f"input[{i}]" if several else "input") for i, one in enumerate(inputs)]
+        )
+        lengths = np.array([len(example["ids"]) for example in examples])
+        # Longest first, so that those joined into a batch are of like length.
+        order = np.argsort(-lengths, kind="stable")
+        try:
+            found = await self.batcher.embed([examples[i] for i in order])
+        except (Busy, Draining) as error:
+            raise no_room(error) from None
+        vectors = [vector for _, vector in sorted(zip(order.tolist(), found, strict=True), key=lambda pair: pair[0])]
+        self.metrics.tokens.labels(self.name, "prompt").inc(int(lengths.sum()))
+        return vectors, int(lengths.sum())
+
+    def _read(self, given: str | list[int], param: str) -> dict[str, np.ndarray]:
+        """A text or token ids as the model reads them."""
+        if isinstance(given, str):
+            column = self.task.inputs()[0]
+            if fault := value_fault(column, given):
+                raise ApiError(422, f"{param}: {fault}", param, "invalid_row")
+            try:
+                example = self.task.encode({column.name: given})
+            except UserError as error:
+                raise of_user_error(error, param=param, code="invalid_row") from None
+        else:
+            self._known(given, self.task.codec.vocab_size, param)  # type: ignore[attr-defined]
+            example = {"ids": np.array(given, dtype=np.int32)}
+        if len(example["ids"]) > (most := self.settings.max_prompt_tokens):
+            raise ApiError(413, tr(f"the text has {len(example['ids'])} tokens; this server reads at most {most}",
+                                   f"文本有 {len(example['ids'])} 个词元；本服务至多读 {most} 个"),
+                           param, "context_length_exceeded")  # fmt: skip
+        return example
+
     async def _continue(self, rows: Sequence[dict[str, Any]], ask: dict[str, Any]) -> list[Answer]:
         ask.setdefault("max_tokens", min(Sampling().max_tokens, self.settings.max_tokens))
         sampling = self.sampling(ask)
@@ -215,10 +266,7 @@ class Hosted:
         """
         assert self.engine is not None
         if isinstance(row, list):
-            size = self.engine.codec.vocab_size
-            if any(not 0 <= token < size for token in row):
-                message = tr(f"a token id lies outside 0 to {size - 1}", f"词元编号超出 0 到 {size - 1}")
-                raise ApiError(422, message, param, "invalid_value")
+            self._known(row, self.engine.codec.vocab_size, param)
             ids = list(row)
         else:
             try:
@@ -236,6 +284,11 @@ class Hosted:
                 "context_length_exceeded",
             )
         return ids
+
+    def _known(self, ids: Sequence[int], size: int, param: str) -> None:
+        if any(not 0 <= token < size for token in ids):
+            message = tr(f"a token id lies outside 0 to {size - 1}", f"词元编号超出 0 到 {size - 1}")
+            raise ApiError(422, message, param, "invalid_value")
 
     def drain(self, seconds: float) -> bool:
         """See ``Engine.drain``; blocks."""

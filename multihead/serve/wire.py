@@ -140,6 +140,24 @@ class ChatBody(Common):
     moderation: None = None
 
 
+class EmbeddingBody(Body):
+    """``/v1/embeddings``."""
+
+    model: str | None = None
+    """May be left out where one model gives vectors."""
+    input: str | TokenIds | Several
+    encoding_format: Literal["float", "base64"] | None = None
+    """Default float."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Only the model's own."""
+    user: str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """Each input, as a text or as ids."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+
+
 UNSUPPORTED = frozenset({
     "frequency_penalty", "presence_penalty", "logit_bias", "best_of", "suffix", "refusal", "tool_calls", "service_tier",
     "modalities", "response_format", "tools", "tool_choice", "functions", "function_call", "store", "verbosity",
@@ -232,3 +250,27 @@ class ChatAnswer(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class Embedding(BaseModel):
+    """One vector; base64 holds float32, little-endian."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(BaseModel):
+    """Answer of ``/v1/embeddings``, in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage

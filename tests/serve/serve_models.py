@@ -1,4 +1,4 @@
-"""Small untrained models to serve: one that writes texts, one that gives labels. Run as a script, it serves them."""
+"""Small untrained models to serve: texts written, labels given, gaps filled. Run as a script, it serves them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from multihead.data.rows import Column
 from multihead.errors import UserError
 from multihead.serve.app import Served, ServeSettings, create_app, run
 from multihead.task import Answer, Batch, Example, Task
+from multihead.tasks.language.fill_mask import FillMask
 from multihead.tasks.language.text_classification import TextClassification
 from multihead.tasks.language.text_generation import LanguageModel, TextGeneration
 from multihead.transformer.config import TransformerConfig
@@ -88,12 +89,22 @@ def labeller() -> tuple[TextClassification, nn.Module]:
     return task, task.model(config).eval()
 
 
+def filler() -> tuple[FillMask, nn.Module]:
+    """A model of random weights that fills gaps, and reads 16 characters at once."""
+    task = FillMask(FillMask.Options(context=16))
+    task.fit([{"text": line} for line in LINES])
+    torch.manual_seed(3)
+    config = TransformerConfig(d_model=32, num_layers=2, num_heads=2, max_length=16)
+    return task, task.model(config).eval()
+
+
 def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) -> list[Served]:
     """The models called `names`."""
     torch.manual_seed(1)
     known = {
         "writer": lambda: Served("writer", *writer(max_length), examples=LINES[:1]),
         "labeller": lambda: Served("labeller", *labeller()),
+        "filler": lambda: Served("filler", *filler(), examples=["房间很<mask>净"]),
         "mood": lambda: Served("mood", Mood(), Mean().eval(), examples=[LINES[1], "<img src=x onerror=alert(1)>"]),
     }
     return [known[name]() for name in names]

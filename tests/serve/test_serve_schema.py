@@ -30,6 +30,7 @@ def described(*names: str):
 
 
 writer, mood = described("writer"), described("mood").include(path="/v1/predict")
+filler = described("filler").include(path="/v1/embeddings")
 assert {"/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(writer)
 
 
@@ -42,4 +43,10 @@ def test_no_answer_of_a_writer_breaks_the_description(case):
 @mood.parametrize()
 @LIMITS
 def test_no_answer_of_a_labeller_breaks_the_description(case):
+    case.validate_response(case.call(), checks=CHECKS)
+
+
+@filler.parametrize()
+@LIMITS
+def test_no_vector_breaks_the_description(case):
     case.validate_response(case.call(), checks=CHECKS)
