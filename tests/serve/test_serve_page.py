@@ -25,7 +25,8 @@ def serving(**settings) -> Iterator[tuple[str, object]]:
     """A server in a thread of this process: its address and its application."""
     writer = Served("writer", *models.writer())
     mood = Served(NASTY, models.Mood(), models.Mean().eval(), examples=[NASTY, models.LINES[1]])
-    app = create_app([writer, mood], ServeSettings(**settings))
+    filler = Served("filler", *models.filler(), examples=["<b>房<mask>很[MASK]</b>"])
+    app = create_app([writer, mood, filler], ServeSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     with listen("127.0.0.1", 0) as found:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
@@ -118,6 +119,22 @@ def test_a_text_is_streamed_and_can_be_stopped(visit):
         assert page.locator("#card .problem:not([hidden])").count() == 0
         page.locator("summary").click()
         assert "/v1/completions" in page.locator("#curl").inner_text()
+
+
+def test_gaps_are_filled_in_place(visit):
+    with serving() as (address, app):
+        page = visit(address, locale="zh-CN")
+        page.locator("nav button").nth(2).click()
+        page.locator(".chips button").click()
+        page.wait_for_selector(".answer mark")
+        best = page.locator(".answer mark").all_inner_texts()
+        assert page.locator(".answer .filled").inner_text() == f"<b>房{best[0]}很{best[1]}</b>"
+        assert page.locator(".bars").count() == 2 and page.locator(".bar").count() == 10
+        assert page.locator(".bar.top .name").all_inner_texts() == best and page.locator("main b").count() == 0
+        page.locator("textarea").fill("房间")
+        page.locator("#card .go").click()
+        page.wait_for_selector("#card .problem:not([hidden])")
+        assert "<mask>" in page.locator("#card .problem").inner_text()
 
 
 def test_a_locked_server_asks_for_its_key(visit):
