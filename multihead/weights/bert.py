@@ -88,6 +88,7 @@ BERT = Family(
         "text-classification": (*linear("head.pooler", "pooler.dense"), *linear("head.linear", "classifier")),
         "question-answering": tuple(linear("head", "qa_outputs")),
     },
+    head_layout={"fill-mask": {"activation": "gelu"}},  # theirs has the trunk's activation, ours is GELU
     ignored=r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
     renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
 )

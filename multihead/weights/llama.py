@@ -53,7 +53,7 @@ def rope(given: Given) -> tuple[float, tuple[float, float, float, float] | None]
     if kind in (None, "default"):
         return base, None
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    numbers = [float(n) for n in map(held.get, names) if type(n) in (int, float) and n > 0]  # type: ignore[arg-type]
+    numbers = [float(n) for n in map(held.get, names) if isinstance(n, (int, float)) and n > 0]
     if kind != "llama3" or len(numbers) != len(names) or numbers[1] >= numbers[2]:
         given.fault(f"{key} is {held}; this Transformer does only: default, llama3 (with {', '.join(names)})",
                     f"{key} 是 {held}；这里的 Transformer 只支持：default、llama3（须有 {'、'.join(names)}）")

@@ -130,12 +130,19 @@ class Family:
     body: Callable[[TransformerConfig], list[Piece]]
     heads: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     """Heads by the kind of task: pieces of which any may be there."""
+    head_layout: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Fields that a head fixes beyond the family's layout."""
     ignored: str = r"(?!)"
     """Names of tensors that hold nothing learned, as a regular expression."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Old endings of names, and what they are called now."""
     tied: bool = True
     """Whether the output shares the embedding where config.json does not say."""
+
+    def fitting(self, config: TransformerConfig) -> Mapping[str, tuple[Piece, ...]]:
+        """The heads whose arithmetic is ours with such a trunk."""
+        return {task: pieces for task, pieces in self.heads.items()
+                if all(getattr(config, key) == value for key, value in self.head_layout.get(task, {}).items())}
 
     def plain(self, name: str) -> str:
         """A tensor's name without the prefix, as it is called now."""

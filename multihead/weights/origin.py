@@ -244,7 +244,7 @@ class Foreign(Origin):
                 f"不支持 {'、'.join(sorted(odd))} 类型的权重，请选用 float16 或 bfloat16 的版本"), str(self.path)))
         if problems:
             raise UserError.many(problems[:10])
-        heads = [p for head in family.heads.values() for p in head if all(name in held for name in p.theirs)]
+        heads = [p for head in family.fitting(config).values() for p in head if all(name in held for name in p.theirs)]
         used = {name for piece in (*pieces, *heads) for name in piece.theirs}
         self.unknown = tuple(sorted(held[name].name for name in held.keys() - used))
         return [*pieces, *heads]
