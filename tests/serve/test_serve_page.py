@@ -122,7 +122,7 @@ def test_a_text_is_streamed_and_can_be_stopped(visit):
 
 
 def test_gaps_are_filled_in_place(visit):
-    with serving() as (address, app):
+    with serving() as (address, _):
         page = visit(address, locale="zh-CN")
         page.locator("nav button").nth(2).click()
         page.locator(".chips button").click()
