@@ -23,7 +23,7 @@ from multihead.data.rows import Row, Rows, open_rows
 from multihead.data.store import Store, StoreWriter
 from multihead.dealing import PARTS, Dealt, PartRows, Tick, conflicts, count, deal, names, refuse_many, refuse_none
 from multihead.errors import Problem, UserError, tr
-from multihead.recipe import Data, Recipe
+from multihead.recipe import Data, Files, Recipe
 from multihead.run import RECIPE, WEIGHTS, RunFolder, file_hash, fsync_folder, write_json, writing
 from multihead.task import Task, find
 
@@ -168,7 +168,7 @@ def _take_up(work: Path, folder: RunFolder, recipe: Recipe, restart: bool) -> No
 
 
 def read_part(
-    recipe: Recipe, task: Task, paths: str | list[str], folder: Path, base: Path, tick: Tick | None = None
+    recipe: Recipe, task: Task, paths: Files, folder: Path, base: Path, tick: Tick | None = None
 ) -> tuple[Store, Rows]:
     """Encode new data by codecs already fitted, into a store at `folder` (evaluation of files training never saw).
 
@@ -331,7 +331,7 @@ def _open_all(data: Data, task: Task, base: Path) -> dict[str, Rows]:
     return sources
 
 
-def _open(data: Data, paths: str | list[str], task: Task, base: Path, known: bool = False) -> Rows:
+def _open(data: Data, paths: Files, task: Task, base: Path, known: bool = False) -> Rows:
     """`known`: the files are not the recipe's own, whose names for columns are then but further names to look for."""
     columns, mapping = list(task.columns), data.columns
     if known:

@@ -46,11 +46,15 @@ class Split(Section):
     """The column that names a row's group."""
 
 
+Files = str | list[str] | dict[str, str | list[str]]
+
+
 class Data(Section):
-    train: str | list[str]
-    """A file, several, a glob or a folder; relative to the recipe's own folder."""
-    valid: str | list[str] | None = None
-    test: str | list[str] | None = None
+    train: Files
+    """A file, several, a glob or a folder; relative to the recipe's own folder. Or a file for each column, aligned line
+    by line: {source: train.en, target: train.de}."""
+    valid: Files | None = None
+    test: Files | None = None
     columns: dict[str, str] = {}
     """Our column: the file's column, by name or by number (1 is the first); for columns that were guessed wrong."""
     encoding: str | None = None
@@ -312,6 +316,8 @@ def resolve(value: Any, folder: Path, problems: list[Problem], where: str) -> An
     """
     if isinstance(value, list):
         return [resolve(v, folder, problems, where) for v in value]
+    if isinstance(value, dict):
+        return {column: resolve(v, folder, problems, where) for column, v in value.items()}
     if not isinstance(value, str):
         return value
     if not value.strip():

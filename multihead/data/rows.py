@@ -25,7 +25,7 @@ from multihead.data.columns import (
     synonyms,
 )
 from multihead.data.files import Paths, Source, find_sources
-from multihead.data.formats import Format, Record, pieces, read_csv, read_jsonl, whole_text
+from multihead.data.formats import Format, Record, pieces, read_csv, read_jsonl, read_lists, whole_text
 from multihead.data.json_array import read_json
 from multihead.data.parquet import read_parquet
 from multihead.data.sniff import Wanted, sniff
@@ -39,7 +39,7 @@ _KEPT_PROBLEMS = 1000
 
 
 @dataclass
-class _File:
+class FileOf:
     """One file, and how it is read: as a table, as pieces of running text, or whole with its folder's name."""
 
     source: Source
@@ -48,15 +48,24 @@ class _File:
     header: list[str] = field(default_factory=list)
 
 
-def open_rows(paths: Paths, columns: Sequence[Column], mapping: Mapping[str, str] | None = None, *,
-              encoding: str | None = None, delimiter: str | None = None, header: bool | None = None,
-              base: Path | str = ".") -> Rows:
+def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
+              mapping: Mapping[str, str] | None = None, *, encoding: str | None = None,
+              delimiter: str | None = None, header: bool | None = None, base: Path | str = ".") -> Rows:
     """Look at the beginning of every file of `paths` and say how its rows are read; nothing is read whole.
 
-    `paths`: a file, a list, a glob or a folder, relative to `base`. `columns`: what the task asks for. `mapping` (ours
+    `paths`: a file, a list, a glob or a folder, relative to `base`; or column → file for aligned files, as a dict or as
+    a list of "column=file". `columns`: what the task asks for. `mapping` (ours
     → theirs; a number means the column's position), `encoding`, `delimiter` and `header` override what is found.
     Raises UserError with all problems at once: no such file, empty, binary, not decodable, a column that is not there.
     """
+    from multihead.data.aligned import named_files, open_aligned
+
+    named = paths if isinstance(paths, Mapping) else None
+    if isinstance(paths, (list, tuple)):
+        named = named_files([str(item) for item in paths], columns)
+    if named is not None:
+        return open_aligned(named, columns, encoding, Path(base))
+    assert not isinstance(paths, Mapping)
     wanted = Wanted(columns, {k: str(v) for k, v in (mapping or {}).items()}, encoding, delimiter, header)
     sources, skipped = find_sources(paths, Path(base))
     files, problems = [], []
@@ -76,13 +85,15 @@ def _records(source: Source, form: Format, encoding: str | None) -> Iterator[Rec
         return read_csv(source, form, encoding)
     if form.name == "parquet":
         return read_parquet(source)
+    if form.name == "lists":
+        return read_lists(source, form, encoding)
     records = read_jsonl(source, encoding) if form.name == "jsonl" else read_json(source, encoding)
     return unfold(records, form.nested) if form.nested else records
 
 
-def _look(source: Source, wanted: Wanted) -> _File:
+def _look(source: Source, wanted: Wanted) -> FileOf:
     form = sniff(source, wanted)
-    file = _File(source, form)
+    file = FileOf(source, form)
     if form.name == "txt":
         _look_text(file, wanted)
         return file
@@ -102,7 +113,7 @@ def _look(source: Source, wanted: Wanted) -> _File:
     return file
 
 
-def _look_text(file: _File, wanted: Wanted) -> None:
+def _look_text(file: FileOf, wanted: Wanted) -> None:
     """Plain text gives the first text column, and with a folder's name the label."""
     text = next((c for c in wanted.columns if c.kind == "text"), None)
     label = next((c for c in wanted.columns if c.kind in ("label", "labels") and c.required), None)
@@ -134,7 +145,7 @@ class Rows:
     first thousand faulty ones with place and reason, and ``rejected_count`` how many there were.
     """
 
-    def __init__(self, files: Sequence[_File], wanted: Wanted, skipped: Sequence[str] = ()) -> None:
+    def __init__(self, files: Sequence[FileOf], wanted: Wanted, skipped: Sequence[str] = ()) -> None:
         self._files = list(files)
         self._wanted = wanted
         self._skipped = list(skipped)
@@ -153,7 +164,7 @@ class Rows:
         mapping ours → theirs, how) and ``skipped`` names."""
         return {"files": [self._describe(f) for f in self._files], "skipped": list(self._skipped)}
 
-    def _describe(self, file: _File) -> dict[str, Any]:
+    def _describe(self, file: FileOf) -> dict[str, Any]:
         form = file.form
         return {
             "file": file.source.name, "format": form.name, "encoding": form.encoding, "packed": form.packed,
@@ -194,7 +205,7 @@ class Rows:
         if len(self.rejected) < _KEPT_PROBLEMS:
             self.rejected.append(Problem(message, where))
 
-    def _table(self, file: _File) -> Iterator[Row]:
+    def _table(self, file: FileOf) -> Iterator[Row]:
         name = file.source.name
         taken = set(file.matched.theirs.values()) | {c.name for c in self._wanted.columns}
         pairs = [(c, file.matched.theirs[c.name]) for c in self._wanted.columns if c.name in file.matched.theirs]
@@ -219,7 +230,7 @@ class Rows:
                     row[key] = value
             yield row
 
-    def _text(self, file: _File) -> Iterator[Row]:
+    def _text(self, file: FileOf) -> Iterator[Row]:
         column = next(iter(file.matched.theirs))
         for i, (line, piece) in enumerate(pieces(file.source, self._wanted.encoding)):
             row = Row({column: piece}, where=f"{file.source.name}:{line}")
@@ -227,7 +238,7 @@ class Rows:
                 row["joined"] = True
             yield row
 
-    def _labelled(self, file: _File) -> Iterator[Row]:
+    def _labelled(self, file: FileOf) -> Iterator[Row]:
         where = f"{file.source.name}:1"
         text, fault = whole_text(file.source, self._wanted.encoding)
         values: dict[str, Any] = {}
@@ -250,6 +261,8 @@ def _how_read(about: Mapping[str, Any]) -> str:
         form = named + ("" if about["header"] else tr(" without header", "，没有表头"))
     elif form == "txt":
         form = tr("plain text", "纯文本")
+    elif form == "lists":
+        form = tr("one user's items a line", "每行一个用户的物品序列")
     else:
         form = form.upper() if form != "parquet" else "Parquet"
         form += {"questions": tr(" of passages with questions", "（段落与问题，SQuAD 形式）"),

@@ -227,9 +227,10 @@ class PackedTrunk(nn.Module):
     def _over(
         self, x_ND: Tensor, look: Look, B: int, T: int, kv: tuple[Tensor, Tensor], memory_mask: Tensor | None
     ) -> Tensor:
-        """Cross-attention with its norm and residual."""
+        """Cross-attention with its norm and residual; each memory serves as many rows as there are of them more."""
         q_NX = look.inward(look.norm(x_ND) if self.before else x_ND)
-        q_BTHE = q_NX.view(B, T, self.config.num_heads, self.config.head_size)
+        sources = len(kv[0])
+        q_BTHE = q_NX.view(sources, B // sources * T, self.config.num_heads, self.config.head_size)
         q_BTHE = q_BTHE if look.q_norm is None else look.q_norm(q_BTHE)
         y_NX = fused(q_BTHE, *kv, None if memory_mask is None else memory_mask[:, None, None], causal=False)
         x_ND = x_ND + look.outward(y_NX)

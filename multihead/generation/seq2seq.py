@@ -1,11 +1,14 @@
-"""The encoder–decoder Transformer of "Attention Is All You Need" (Vaswani et al. 2017), on the one trunk.
+"""Encoder–decoders on the one trunk: reading one sequence of ids, writing another (Vaswani et al. 2017).
 
-Legend: B rows, S source positions, T target positions, D d_model, V vocabulary.
+Legend: B rows, S source positions, T target positions, N real target positions of a batch, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multihead.errors import Problem, UserError, tr
@@ -18,70 +21,45 @@ from multihead.transformer.inputs import TokenInput
 from multihead.transformer.trunk import Trunk
 
 
-class Transformer(Emitter):
-    """Reads one sequence of ids, writes another: source (B, S), target (B, T) → logits (B, T, vocab_size).
+class EncoderDecoder(Emitter):
+    """A trunk that reads and a trunk that writes, of any shape: source (B, S), target (B, T) → logits (B, T, V).
 
-    Embeddings times √d_model plus sinusoidal positions, six layers on each side, LayerNorm after each part, ReLU,
-    biases; positions, the causal order of the target and the padding of both sides are seen to in here.
+    Positions, the causal order of the target and the padding of both sides are seen to in here.
 
     Args:
-        vocab_size: ids of source and target lie in 0 … vocab_size − 1.
-        d_model, nhead, num_layers, d_ff: sizes as in the paper's table 3; `d_ff` None is 4·d_model.
-        dropout: on embeddings, attention weights and every part's output (section 5.4).
-        pad: the id of padding. It is never looked at and never emitted.
+        config: the shape of both sides.
+        source_size, target_size: their vocabularies.
+        pad: the id of padding, on both sides. It is never looked at and never emitted.
         bos, eos: the ids that begin and end a target.
-        max_length: longest source and target.
-        shared: one table for source, target and output (section 3.4); else three.
-        norm_first: LayerNorm before each part, which trains deep stacks without a long warm-up.
-
-    Raises:
-        UserError: sizes that cannot be built, with all that is wrong.
+        shared: one table for source, target and output (section 3.4).
+        tied: target and output share a table; always so where `shared`.
+        decoder_layers: blocks of the writing side; None: as many as of the reading one.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        d_model: int = 512,
-        nhead: int = 8,
-        num_layers: int = 6,
-        d_ff: int | None = None,
-        dropout: float = 0.1,
+        config: TransformerConfig,
+        source_size: int,
+        target_size: int | None = None,
+        *,
         pad: int = 0,
         bos: int = 2,
         eos: int = 3,
-        max_length: int = 1024,
         shared: bool = True,
-        norm_first: bool = False,
+        tied: bool = True,
+        decoder_layers: int | None = None,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.pad, self.bos, self.eos = vocab_size, pad, bos, eos
-        self.config = TransformerConfig(
-            d_model=d_model,
-            num_layers=num_layers,
-            num_heads=nhead,
-            d_ff=d_ff,
-            activation="relu",
-            norm="layernorm",
-            norm_position="before" if norm_first else "after",
-            positions="sinusoidal",
-            bias=True,
-            max_length=max_length,
-            dropout=dropout,
-        )
-        problems = [Problem(tr(en, zh)) for _, en, zh in self.config.faults()]
-        for name, value in (("pad", pad), ("bos", bos), ("eos", eos)):
-            if not 0 <= value < vocab_size:
-                problems.append(Problem(tr(
-                    f"{name} is {value}; it must be an id from 0 to vocab_size − 1 = {vocab_size - 1}",
-                    f"{name} 是 {value}，应为 0 到 vocab_size − 1 = {vocab_size - 1} 之间的编号",
-                )))
-        if problems:
-            raise UserError.many(problems)
-        self.source = TokenInput(self.config, vocab_size)
-        self.target = self.source if shared else TokenInput(self.config, vocab_size)
-        self.encoder = Trunk(self.config)
-        self.decoder = Trunk(self.config, causal=True, cross_attention=True)
-        self.head = TokenHead(d_model, vocab_size, self.target.token if shared else None)
+        target_size = target_size or source_size
+        if shared and target_size != source_size:
+            raise ValueError(f"one table cannot hold vocabularies of {source_size} and {target_size}")
+        self.config, self.vocab_size, self.pad, self.bos, self.eos = config, target_size, pad, bos, eos
+        writing = replace(config, num_layers=decoder_layers or config.num_layers)
+        self.source = TokenInput(config, source_size)
+        self.target = self.source if shared else TokenInput(writing, target_size)
+        self.encoder = Trunk(config)
+        self.decoder = Trunk(writing, causal=True, cross_attention=True)
+        self.head = TokenHead(config.d_model, target_size, self.target.token if shared or tied else None)
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits of every next target token.
@@ -95,17 +73,23 @@ class Transformer(Emitter):
             tgt: (B, T) int64, likewise.
 
         Returns:
-            (B, T, vocab_size)
+            (B, T, V)
         """
+        return self.head(self.states(src, tgt))
+
+    def states(self, src: Tensor, tgt: Tensor) -> Tensor:
+        """What `forward` makes logits of: (B, T, D)."""
         self._check(src, "src", "源序列")
         self._check(tgt, "tgt", "目标序列")
         memory_BSD, mask_BS = self.encode(src)
-        y_BTD = self.decoder(self.target(tgt), mask=tgt != self.pad, memory=memory_BSD, memory_mask=mask_BS)
-        return self.head(y_BTD)
+        # Padding lies behind a target's end, where the causal order keeps every real position from seeing it.
+        return self.decoder(self.target(tgt), memory=memory_BSD, memory_mask=mask_BS)
 
-    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """The source as the decoder looks at it: (B, S, D), and (B, S) bool, True at what it may look at."""
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The source as the decoder sees it: (B, S, D), and (B, S) bool, True where it may look (None: everywhere)."""
         mask_BS = src != self.pad
+        if bool(mask_BS.all()):
+            return self.encoder(self.source(src)), None
         # A source of nothing but padding is let be seen: a softmax over nothing is NaN.
         mask_BS = mask_BS | ~mask_BS.any(1, keepdim=True)
         return self.encoder(self.source(src), mask=mask_BS), mask_BS
@@ -116,14 +100,20 @@ class Transformer(Emitter):
         src = batch["ids"]
         behind_BS = torch.arange(src.shape[1], device=src.device) >= batch["lengths"][:, None]
         memory_BSD, mask_BS = self.encode(src.masked_fill(behind_BS, self.pad))
-        cache = Cache(self.config.num_layers, [0] * len(src), memory_mask_BS=None if bool(mask_BS.all()) else mask_BS)
+        cache = Cache(self.decoder.config.num_layers, [0] * len(src), memory_mask_BS=mask_BS)
         begin_B1 = torch.full((len(src), 1), self.bos, device=src.device)
+        reach = self.target.memory
+        if reach:
+            cache.recent_BN = F.pad(begin_B1, (reach - 1, 0), value=-1)
         return cache, self._next(self.target(begin_B1), cache, memory_BSD)
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """One more target token a row (B,): the logits of the one after it (B, V). Advances the cache by one."""
-        positions_B1 = torch.tensor(cache.lengths, device=ids_B.device)[:, None]
-        return self._next(self.target(ids_B[:, None], positions_B1), cache)
+        ids_B1, positions_B1 = ids_B[:, None], torch.tensor(cache.lengths, device=ids_B.device)[:, None]
+        x_B1D = self.target(ids_B1, positions_B1, cache.recent_BN)
+        if cache.recent_BN is not None:
+            cache.recent_BN = torch.cat((cache.recent_BN[:, 1:], ids_B1), dim=1)
+        return self._next(x_B1D, cache)
 
     def _next(self, x_B1D: Tensor, cache: Cache, memory_BSD: Tensor | None = None) -> Tensor:
         logits_BV = self.head(self.decoder(x_B1D, memory=memory_BSD, cache=cache)[:, 0])
@@ -176,3 +166,63 @@ class Transformer(Emitter):
                 f"{en} has {length} positions; the model holds {most}: build it with a larger max_length",
                 f"{zh}有 {length} 个位置；模型最多容纳 {most} 个：请用更大的 max_length 构建模型",
             ))
+
+
+class Transformer(EncoderDecoder):
+    """The model of "Attention Is All You Need": source (B, S), target (B, T) → logits (B, T, vocab_size).
+
+    Embeddings times √d_model plus sinusoidal positions, six layers on each side, LayerNorm after each part, ReLU,
+    biases.
+
+    Args:
+        vocab_size: ids of source and target lie in 0 … vocab_size − 1.
+        d_model, nhead, num_layers, d_ff: sizes as in the paper's table 3; `d_ff` None is 4·d_model.
+        dropout: on embeddings, attention weights and every part's output (section 5.4).
+        pad: the id of padding. It is never looked at and never emitted.
+        bos, eos: the ids that begin and end a target.
+        max_length: longest source and target.
+        shared: one table for source, target and output (section 3.4); else three.
+        norm_first: LayerNorm before each part, which trains deep stacks without a long warm-up.
+
+    Raises:
+        UserError: sizes that cannot be built, with all that is wrong.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_layers: int = 6,
+        d_ff: int | None = None,
+        dropout: float = 0.1,
+        pad: int = 0,
+        bos: int = 2,
+        eos: int = 3,
+        max_length: int = 1024,
+        shared: bool = True,
+        norm_first: bool = False,
+    ) -> None:
+        config = TransformerConfig(
+            d_model=d_model,
+            num_layers=num_layers,
+            num_heads=nhead,
+            d_ff=d_ff,
+            activation="relu",
+            norm="layernorm",
+            norm_position="before" if norm_first else "after",
+            positions="sinusoidal",
+            bias=True,
+            max_length=max_length,
+            dropout=dropout,
+        )
+        problems = [Problem(tr(en, zh)) for _, en, zh in config.faults()]
+        for name, value in (("pad", pad), ("bos", bos), ("eos", eos)):
+            if not 0 <= value < vocab_size:
+                problems.append(Problem(tr(
+                    f"{name} is {value}; it must be an id from 0 to vocab_size − 1 = {vocab_size - 1}",
+                    f"{name} 是 {value}，应为 0 到 vocab_size − 1 = {vocab_size - 1} 之间的编号",
+                )))
+        if problems:
+            raise UserError.many(problems)
+        super().__init__(config, vocab_size, pad=pad, bos=bos, eos=eos, shared=shared, tied=False)

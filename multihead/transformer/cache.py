@@ -115,6 +115,31 @@ class Cache:
             None if self.recent_BN is None else self.recent_BN[at],
         )
 
+    def reorder(self, index: Tensor) -> None:
+        """Put the rows at `index` (repeats allowed) in the place of the present ones; the memory stays as it is.
+
+        A memory may have fewer rows than there are sequences: then each is looked at by as many rows that lie next to
+        each other (the beams of one source).
+        """
+        if self.kv_L2RKCE is not None:
+            used = max(self.lengths)
+            moved = self.kv_L2RKCE[:, :, :, :, :used].index_select(2, index)
+            if len(index) <= self.kv_L2RKCE.shape[2]:
+                self.kv_L2RKCE = self.kv_L2RKCE[:, :, : len(index)]
+                self.kv_L2RKCE[:, :, :, :, :used] = moved
+            else:
+                L, two, R, K, _, E = moved.shape
+                self.kv_L2RKCE = moved.new_zeros(L, two, R, K, self.kv_L2RKCE.shape[4], E)
+                self.kv_L2RKCE[:, :, :, :, :used] = moved
+        chosen = index.tolist()
+        self.lengths = [self.lengths[i] for i in chosen]
+        self.recent_BN = None if self.recent_BN is None else self.recent_BN[index]
+
+    def keep_memory(self, index: Tensor) -> None:
+        """Keep only these rows of the encoder's memory, in this order; the sequences stay as they are."""
+        self.cross = [None if pair is None else (pair[0][index], pair[1][index]) for pair in self.cross]
+        self.memory_mask_BS = None if self.memory_mask_BS is None else self.memory_mask_BS[index]
+
     def drop(self, row: int) -> None:
         """Take out one row: the last row moves into its place. Copies the past of that one row only."""
         last = self.rows - 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.dropout import Dropout
 from multihead.transformer.trunk import make_norm
 
 
@@ -46,7 +47,7 @@ class TokenInput(nn.Module):
         self.ngram = nn.Embedding(len(self.orders) * self.buckets, config.d_model) if self.orders else None
         self.segment = nn.Embedding(config.segments, config.d_model) if config.segments else None
         self.norm = make_norm(config) if config.embedding_norm else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         std = config.d_model**-0.5
         for table in (self.token, self.position, self.segment):
             if table is not None:

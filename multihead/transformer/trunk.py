@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from multihead.transformer.cache import Cache, Step
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.dropout import Dropout
+from multihead.transformer.dropout import dropout as random_zeros
 
 
 def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
@@ -100,12 +102,17 @@ class Attention(nn.Module):
         return self._attend(q_BHTE, k_BKSE, v_BKSE, mask_BHTS, causal)
 
     def over(self, x_BTD: Tensor, memory: tuple[Tensor, Tensor], mask_BHTS: Tensor | None) -> Tensor:
-        """Cross-attention: x (B, T, D) over the memory's keys and values, each (B, K, S, E) → (B, T, D)."""
+        """Cross-attention: x (B, T, D) over the memory's keys and values, each (B, K, S, E) → (B, T, D).
+
+        With fewer memories than rows, each serves as many rows that lie next to each other: the beams of one source are
+        so many queries of it.
+        """
         B, T, _ = x_BTD.shape
-        q_BTHE = self.q(x_BTD).view(B, T, self.heads, self.head_size)
+        sources = len(memory[0])
+        q_BTHE = self.q(x_BTD).view(sources, B // sources * T, self.heads, self.head_size)
         if self.q_norm is not None:
             q_BTHE = self.q_norm(q_BTHE)
-        return self._attend(q_BTHE.transpose(1, 2), *memory, mask_BHTS, causal=False)
+        return self._attend(q_BTHE.transpose(1, 2), *memory, mask_BHTS, causal=False).view(B, T, -1)
 
     def memory(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a memory (B, S, D), each (B, K, S, E); worked out once a sequence when decoding."""
@@ -159,7 +166,7 @@ def plain_attention(
         scores_XTS = torch.bmm(q_XTE, k_XSE.mT)
     weights_XTS = scores_XTS.softmax(-1, dtype=v_XSE.dtype)
     if dropout:
-        weights_XTS = F.dropout(weights_XTS, dropout)
+        weights_XTS = random_zeros(weights_XTS, dropout)
     return torch.bmm(weights_XTS, v_XSE).view(B, H, T, E)
 
 
@@ -174,7 +181,7 @@ class FeedForward(nn.Module):
         if gated:
             mark_split(self.up, 2)
         self.down = nn.Linear(config.ff_size, config.d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.up(x_BTD)
@@ -200,7 +207,7 @@ class Block(nn.Module):
         self.cross_norm = make_norm(config) if cross_attention else None
         self.cross = Attention(config, cross=True) if cross_attention else None
         self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
