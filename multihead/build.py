@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch import nn
 
 from multihead import recipe as recipes
 from multihead.data.store import Store
-from multihead.errors import UserError, tr
+from multihead.errors import Problem, UserError, tr
 from multihead.prepare import make_task
 from multihead.recipe import Recipe
 from multihead.run import RECIPE, RunFolder
 from multihead.runtime import checkpoint, device, optim
 from multihead.task import Task, find
+from multihead.transformer import lora
+
+Counts = dict[str, int]
 
 
 def make_model(task: Task, recipe: Recipe) -> nn.Module:
@@ -27,6 +32,148 @@ def make_model(task: Task, recipe: Recipe) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return task.model(recipe.model)
+
+
+def training_model(task: Task, recipe: Recipe, fresh: bool = True) -> tuple[nn.Module, Taken | None]:
+    """The module as it is trained: fresh weights, those of `Task.origin` over them, LoRA beside them.
+
+    Args:
+        fresh: False where a checkpoint will be loaded into it anyway: then nothing is read from the origin.
+
+    Returns:
+        the module, and what it took from its origin; None where there is none.
+
+    Raises:
+        UserError: where the origin's weights do not fit.
+    """
+    model = make_model(task, recipe)
+    taken = take(model, task.origin) if fresh and task.origin is not None else None
+    if recipe.model.lora is not None:
+        wish, places = recipe.model.lora, body(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            lora.adapt(getattr(model, places["trunk"]), wish.rank, wish.alpha, wish.dropout, wish.targets)
+        lora.freeze(*(getattr(model, name) for name in places.values()))
+    return model, taken
+
+
+# -- weights to start from ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Taken:
+    """Parameters of each part that came from an origin, that are new, and that were left there."""
+
+    path: str
+    family: str
+    taken: Counts = field(default_factory=lambda: defaultdict(int))
+    new: Counts = field(default_factory=lambda: defaultdict(int))
+    left: Counts = field(default_factory=lambda: defaultdict(int))
+
+    def __str__(self) -> str:
+        def said(counts: Counts, comma: str) -> str:
+            return comma.join(f"{name} {count:,}" for name, count in counts.items())
+
+        en = f"weights from {self.path} ({self.family}): {said(self.taken, ', ')}"
+        zh = f"取自 {self.path}（{self.family}）的权重：{said(self.taken, '、')}"
+        for counts, english, chinese in ((self.new, "new", "新建"), (self.left, "not used", "未用")):
+            if counts:
+                en, zh = f"{en}; {english}: {said(counts, ', ')}", f"{zh}；{chinese}：{said(counts, '、')}"
+        return tr(en, zh)
+
+
+def body(model: nn.Module) -> dict[str, str]:
+    """What ``input`` and ``trunk`` of an origin are called in `model`: of an encoder–decoder, the side that reads."""
+    for names in ({"input": "input", "trunk": "trunk"}, {"input": "source", "trunk": "encoder"}):
+        if all(hasattr(model, name) for name in names.values()):
+            return names
+    raise UserError(tr(
+        "the model of this task has no `input` and `trunk` (or `source` and `encoder`) to hold the weights of "
+        "`model.from`",
+        "这个任务的模型没有 `input` 与 `trunk`（或 `source` 与 `encoder`），无法放入 `model.from` 的权重"))
+
+
+def take(model: nn.Module, origin: Any) -> Taken:
+    """Copy into `model` every tensor of the origin that has a place there.
+
+    Input and trunk must fit whole; of the heads, what has the same name and shape is taken and the rest stays new.
+
+    Raises:
+        UserError: naming every tensor of input and trunk that is missing or of another shape; or where one side reads
+            both ways and the other only backwards.
+    """
+    places, path = body(model), str(origin.path)
+    _same_direction(getattr(model, places["trunk"]), origin)
+    given = {}
+    for name, tensor in origin.tensors().items():
+        part, dot, rest = name.partition(".")
+        given[f"{places.get(part, part)}{dot}{rest}"] = tensor
+    own, alias = checkpoint.aliases(model)
+    _untie(own, alias, given, path)
+    fits = {name: name in given and given[name].shape == value.shape for name, value in own.items()}
+    inside = tuple(f"{name}." for name in places.values())
+    problems = [Problem(_misfit(name, own[name], given.get(name)), path)
+                for name, fit in fits.items() if not fit and name.startswith(inside)]
+    if problems:
+        raise UserError.many(problems)
+    told = Taken(path, origin.family)
+    with torch.no_grad():
+        for name, value in own.items():
+            if fits[name]:
+                value.copy_(given[name])
+            (told.taken if fits[name] else told.new)[name.partition(".")[0]] += value.numel()
+    for name, tensor in given.items():
+        if not fits.get(name, name in alias):
+            told.left[name.partition(".")[0]] += tensor.numel()
+    return told
+
+
+def _same_direction(trunk: Any, origin: Any) -> None:
+    if bool(getattr(trunk, "causal", False)) == bool(origin.causal):
+        return
+    if origin.causal:
+        raise UserError(tr(
+            "these weights learned to look backwards only (a decoder), but this task reads texts in both directions; "
+            "start from a run of fill-mask or text-classification, or from a BERT",
+            "这些权重只学过向前文看（解码器），而该任务需要双向阅读；"
+            "请从 fill-mask 或 text-classification 的训练结果或 BERT 类模型开始"), str(origin.path))
+    raise UserError(tr(
+        "these weights learned to look both ways (an encoder), but this task writes texts word by word and may only "
+        "look backwards; start from a run of text-generation, or from a GPT-2, Llama or Qwen",
+        "这些权重学的是双向阅读（编码器），而该任务逐词生成，只能看前文；"
+        "请从 text-generation 的训练结果或 GPT-2、Llama、Qwen 类模型开始"), str(origin.path))
+
+
+def _untie(own: Mapping[str, Any], alias: Mapping[str, str], given: dict[str, torch.Tensor], path: str) -> None:
+    """See to weights that are one on one side and two on the other."""
+    for name, owner in alias.items():
+        if name in given and owner in given and not torch.equal(given[name], given[owner]):
+            raise UserError(tr(
+                f"{name} and {owner} are two weights there and one here; write `options: {{tied: false}}`",
+                f"{name} 与 {owner} 在那里是两个权重，在这里是同一个；请写 `options: {{tied: false}}`"), path)
+    head, table = "head.linear.weight", given.get("input.token.weight")
+    if head in own and head not in given and table is not None and own[head].shape == table.shape:
+        given[head] = table
+
+
+def _misfit(name: str, own: torch.Tensor, given: torch.Tensor | None) -> str:
+    shape = tuple(own.shape)
+    if given is None:
+        return tr(f"there is no {name} {shape} there, which this model needs; choose weights of its own kind",
+                  f"那里没有该模型需要的 {name} {shape}；请选用同类模型的权重")
+    return tr(f"{name} is {tuple(given.shape)} there and {shape} in this model; the two do not fit together",
+              f"{name} 在那里是 {tuple(given.shape)}，在该模型中是 {shape}；两者不匹配")
+
+
+def trainable(model: nn.Module) -> str:
+    """How many parameters train of how many, for a person."""
+    every = sum(p.numel() for p in model.parameters())
+    live = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if live == every:
+        return tr(f"{every:,} parameters", f"{every:,} 个参数")
+    share = f"{100 * live / every:.2g}"
+    return tr(f"{live:,} of {every:,} parameters train ({share} %)",
+              f"{every:,} 个参数中训练 {live:,} 个（{share} %）")
 
 
 def sizes(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -131,4 +278,4 @@ def open_run(path: str | Path, where: str = "auto") -> Run:
 
 def read_resolved(folder: RunFolder) -> Recipe:
     """The recipe as the run saved it, every default written out."""
-    return recipes.load(folder.file(RECIPE), find=find)
+    return recipes.load(folder.file(RECIPE), find=find, settled=True)

@@ -115,14 +115,15 @@ def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None
 
     from multihead import build as building
     from multihead.data.store import Store
-    from multihead.prepare import make_task, run_step
+    from multihead.prepare import give_origin, make_task, run_step
     from multihead.run import size_text
 
     folder, _ = run_step(recipe, overrides or (), run, restart, _ticker(tr("rows read", "已读行数")))
     resolved = building.read_resolved(folder)
     task = make_task(resolved, folder.path)
     task.load(folder.file("codec"))
-    model = building.make_model(task, resolved)
+    give_origin(resolved, task, folder)
+    model, taken = building.training_model(task, resolved)
     table = Table(title=tr("Model", "模型"))
     for head in (tr("part", "部分"), tr("parameters", "参数"), tr("memory", "内存")):
         table.add_column(head, justify="left" if not table.columns else "right")
@@ -133,6 +134,8 @@ def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None
     proof = building.prove(task, model, resolved, Store(folder.file("data/train")))
     console = _console()
     console.print(table)
+    if taken is not None:
+        console.print(f"{taken}\n{building.trainable(model)}", markup=False)
     shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in proof["batch"].items())
     loss, norm = f"{proof['loss']:.4f}", f"{proof['gradient_norm']:.4f}"
     console.print(tr(f"one batch ({shapes}): loss {loss}, gradient norm {norm}; every parameter is reached",

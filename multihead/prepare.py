@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from multihead import recipe as recipes
 from multihead import strict_yaml
@@ -34,7 +35,8 @@ MAY_CHANGE = ("serve.", "evaluate.", "train.log_every", "train.save_every", "tra
               "train.tensorboard")
 """Keys that a resumed run may change: they touch neither the data nor the weights."""
 AFTER_PREPARE = ("name", "model.", "train.")
-"""Keys that what is prepared does not depend on."""
+"""Keys that what is prepared does not depend on, but for those in `BEFORE`."""
+BEFORE = ("model.from",)
 
 
 def run_step(
@@ -64,6 +66,7 @@ def begin(
     recipe = recipes.load(path, overrides, find=find)
     task = make_task(recipe, Path(path).parent)
     folder = RunFolder.create(Path(run) if run else Path("runs") / recipe.name)
+    give_origin(recipe, task, folder)
     with folder.lock():
         try:
             anew = restart or not claim(folder, recipe)
@@ -84,6 +87,19 @@ def make_task(recipe: Recipe, base: Path) -> Task:
     return find(recipe.task, base)(recipe.options, seed=recipe.seed)
 
 
+def give_origin(recipe: Recipe, task: Task, folder: RunFolder) -> None:
+    """Tell the task which weights ``model.from`` names, if any."""
+    path = recipe.model.from_
+    if path is None or task.origin is not None:
+        return
+    if Path(path).resolve() == folder.path.resolve():
+        raise UserError(tr("model.from is the folder of this very run; choose another folder with --run",
+                           "model.from 就是本次训练自己的文件夹；请用 --run 另选文件夹"), path)
+    from multihead.weights import open_origin
+
+    task.origin = open_origin(path)
+
+
 def prepare(
     recipe: Recipe, task: Task, folder: RunFolder, tick: Tick | None = None, restart: bool = False
 ) -> dict[str, Any]:
@@ -99,6 +115,7 @@ def prepare(
         UserError: with the place of what is wrong; the folder is then as it was.
     """
     tick = tick or (lambda rows: None)
+    give_origin(recipe, task, folder)
     sources = _open_all(recipe.data, task, folder.path)
     dealt = deal(recipe, task, sources, tick)
     try:
@@ -106,6 +123,7 @@ def prepare(
     except UserError as error:
         where = names(sources["train"])
         raise UserError.many([Problem(p.message, p.where or where) for p in error.problems]) from None
+    _try_model(recipe, task)
     work = folder.file(f".prepare.tmp-{os.getpid()}")
     try:
         with writing(folder.path, tr("the prepared data", "准备好的数据")):
@@ -114,6 +132,14 @@ def prepare(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _try_model(recipe: Recipe, task: Task) -> None:
+    """Make the model and let it go: what cannot be built is known before all rows are encoded."""
+    if type(task).model is Task.model:
+        return
+    with torch.random.fork_rng(devices=[]):
+        task.model(recipe.model)
 
 
 def _write(recipe: Recipe, task: Task, sources: Mapping[str, Rows], dealt: Mapping[str, Dealt], work: Path,
@@ -143,7 +169,8 @@ def _write(recipe: Recipe, task: Task, sources: Mapping[str, Rows], dealt: Mappi
         "dropped": recipe.data.deduplicate,
     }
     report["conflicts"] = conflicts(dealt.values(), task)
-    report["data"] = files_of(sources.values())
+    report["data"] = files_of(path for source in sources.values() for path in source.files)
+    report["origin"] = files_of(task.origin.files()) if task.origin is not None else {}
     (work / "codec").mkdir()
     task.save(work / "codec")
     write_json(work / REPORT, report)
@@ -229,14 +256,16 @@ def prepared(folder: RunFolder, task: Task) -> dict[str, Any] | None:
         print(tr(f"note: {what}. Preparing the data again", f"提示：{what}。重新准备数据"), file=sys.stderr)
         return None
     since = path.stat().st_mtime_ns
-    changed = [name for name, then in report["data"].items() if _changed(Path(name), then, since)]
+    used = {**report["data"], **report.get("origin", {})}
+    changed = [name for name, then in used.items() if _changed(Path(name), then, since)]
     if changed and not _trained(folder):
         return None
     if changed:
+        kinds = (tr("data", "数据"), tr("weights that `model.from` names", "起始权重（model.from）"))
         raise UserError(
-            tr(f"the data of this run has changed since it was prepared: {', '.join(changed)}; "
-               "add --restart to prepare and train anew, or choose another folder with --run",
-               f"本次训练的数据在准备之后有改动：{'、'.join(changed)}；"
+            tr(f"the {kinds[changed[0] not in report['data']]} of this run have changed since it was prepared: "
+               f"{', '.join(changed)}; add --restart to prepare and train anew, or choose another folder with --run",
+               f"本次训练的{kinds[changed[0] not in report['data']]}在准备之后有改动：{'、'.join(changed)}；"
                "加 --restart 重新准备并训练，或用 --run 另选文件夹"), str(folder.path))
     return report
 
@@ -249,10 +278,9 @@ def _read_report(folder: RunFolder) -> dict[str, Any]:
     return report  # type: ignore[return-value]
 
 
-def files_of(sources: Iterable[Rows]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every data file, to notice later that one has changed."""
-    return {str(path): {"bytes": path.stat().st_size, "hash": file_hash(path)}
-            for source in sources for path in source.files}
+def files_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file, to notice later that one has changed."""
+    return {str(path): {"bytes": path.stat().st_size, "hash": file_hash(path)} for path in paths}
 
 
 def _changed(path: Path, then: Mapping[str, Any], since: int) -> bool:
@@ -291,7 +319,7 @@ def claim(folder: RunFolder, recipe: Recipe) -> bool:
                ". Choose another folder with --run, or add --restart to remove this run and begin anew",
                "这个训练文件夹属于另一份配方，不同之处：" + "；".join(changed[:12]) +
                "。请用 --run 另选文件夹，或加 --restart 删除旧的训练并重新开始"), str(folder.path))
-    return all(d.startswith(AFTER_PREPARE) for d in changed)
+    return all(d.startswith(AFTER_PREPARE) and not d.startswith(BEFORE) for d in changed)
 
 
 def _trained(folder: RunFolder) -> bool:

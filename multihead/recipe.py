@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from multihead import strict_yaml
+from multihead import starting, strict_yaml
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.explain import explain, truths
 from multihead.serve.settings import ServeSettings
@@ -103,13 +103,6 @@ class Model(TransformerConfig):
     from_: Annotated[str | None, Field(alias="from")] = None
     """``from:`` a run folder, or a folder with a Hugging Face model, whose weights training starts from."""
     lora: Lora | None = None
-
-
-SHAPE = tuple(field.name for field in fields(TransformerConfig))
-MAY_DIFFER = ("dropout",)
-"""Keys of ``model:`` that need not be those of the weights it starts from."""
-EFFECTIVE = {"num_kv_heads": "kv_heads", "d_head": "head_size", "d_ff": "ff_size"}
-"""Keys whose None stands for a number that follows from others."""
 
 
 class EarlyStop(Section):
@@ -341,24 +334,22 @@ def _check(
 ) -> Recipe:
     values = source.values
     task: Any = None
+    origin: Any = None
     if isinstance(values.get("task"), str):
         try:
             task = find(values["task"], path.parent)
         except UserError as error:
             problems += [Problem(p.message, p.where or source.place(("task",))) for p in error.problems]
     if task is not None:
-        defaults = {key: dict(section) for key, section in task.defaults.items()}
-        shape = None if settled else _origin(source, problems)
-        if shape is not None:  # a task's own sizes are for models that begin from nothing
-            dropout = {k: v for k, v in defaults.pop("model", {}).items() if k in MAY_DIFFER}
-            defaults["model"] = {**dropout, **shape}
-        values = strict_yaml.merge(defaults, values)
+        origin = None if settled else starting.origin(source, problems)
+        values = strict_yaml.merge(starting.defaults(task, origin), values)
         try:
             values["options"] = task.Options.model_validate(values.get("options", {}))
         except ValidationError as error:
             problems += explain(error, source, ("options",), lambda at: _keys(at, list(task.Options.model_fields)))
             values.pop("options", None)
     values.setdefault("name", path.stem)
+    problems += starting.without_origin(values, source)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -367,42 +358,11 @@ def _check(
     problems += [Problem(tr(en, zh), source.place(("model", key))) for key, en, zh in recipe.model.faults()]
     problems += truths(source.values, recipe.plain(), (), source)
     problems += _across(recipe, source)
-    if task is not None and shape is not None:
-        problems += _against(recipe, shape, source)
+    if origin is not None:
+        problems += starting.contradictions(recipe, origin, source)
     if problems:
         raise UserError.many(problems)
     return recipe
-
-
-def _origin(source: Source, problems: list[Problem]) -> dict[str, Any] | None:
-    """The sizes of the weights that ``model.from`` names; None where none are, or they cannot be read."""
-    model = source.values.get("model")
-    wish = model.get("from") if isinstance(model, dict) else None
-    if not isinstance(wish, str):
-        return None
-    from multihead.weights import open_origin  # needs torch, which most recipes are read without
-
-    try:
-        return {key: value for key, value in open_origin(wish).config.items() if key in SHAPE}
-    except UserError as error:
-        problems += [Problem(f"model.from: {p.where + ': ' if p.where else ''}{p.message}",
-                             source.place(("model", "from"))) for p in error.problems]
-        return None
-
-
-def _against(recipe: Recipe, shape: dict[str, Any], source: Source) -> list[Problem]:
-    """Sizes that the recipe gives and that are not those of the weights it starts from."""
-    written, theirs = source.values["model"], TypeAdapter(Model).validate_python(shape)
-    free = {*MAY_DIFFER, *(() if recipe.model.positions == "learned" else ("max_length",))}
-    found = []
-    for key in (key for key in SHAPE if key in written and key not in free):
-        name = EFFECTIVE.get(key, key)
-        ours, other = getattr(recipe.model, name), getattr(theirs, name)
-        if ours != other:
-            en = f"model.{key} is {ours}, but {recipe.model.from_} has {other}: remove the line"
-            zh = f"model.{key} 是 {ours}，而 {recipe.model.from_} 是 {other}：请删去这一行"
-            found.append(Problem(tr(en, zh), source.place(("model", key))))
-    return found
 
 
 def _across(recipe: Recipe, source: Source) -> list[Problem]:
@@ -425,12 +385,6 @@ def _across(recipe: Recipe, source: Source) -> list[Problem]:
     if train.micro_batch and train.batch_size % train.micro_batch:
         fault(f"micro_batch {train.micro_batch} does not divide batch_size {train.batch_size}",
               f"micro_batch {train.micro_batch} 不能整除 batch_size {train.batch_size}", "train", "micro_batch")
-    if recipe.model.lora and not recipe.model.from_:
-        fault("lora adapts weights that are there already; name them with `from:`, or remove `lora:`",
-              "lora 用来调整已有的权重；请用 `from:` 指明权重，或删去 `lora:`", "model", "lora")
-    if not train.steps and not recipe.model.from_:
-        fault("train.steps is 0; it must be ≥ 1 (or 0 with model.from, to take weights as they are)",
-              "train.steps 是 0；应为 ≥ 1（有 model.from 时可为 0，即原样使用权重）", "train", "steps")
     if train.early_stop and recipe.data.valid is None and split.valid == 0:
         fault("early_stop needs validation rows; give data.valid or data.split.valid",
               "early_stop 需要验证数据；请给出 data.valid 或 data.split.valid", "train", "early_stop")

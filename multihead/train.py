@@ -35,6 +35,7 @@ from multihead.run import WEIGHTS, RunFolder
 from multihead.runtime import checkpoint, device, optim
 from multihead.runtime.log import Log, Progress, resume_command
 from multihead.task import Batch, Task
+from multihead.transformer import lora
 
 
 class Stopped(Exception):
@@ -103,7 +104,8 @@ class Trainer:
         return Loader(self.examples, self.settings.batch_size, seed=self.recipe.seed, lengths=lengths)
 
     def _fresh(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = build.make_model(self.task, self.recipe).to(self.device).train()
+        made, self.taken = build.training_model(self.task, self.recipe, fresh=self.saved is None)
+        model = made.to(self.device).train()
         s = self.settings
         return model, optim.build(
             model,
@@ -123,7 +125,7 @@ class Trainer:
             return self.saved.meta["steps"], self.saved.meta["threads"]
         if isinstance(s.threads, int):
             torch.set_num_threads(s.threads)
-        if s.minutes is None and (isinstance(s.threads, int) or self.device.type != "cpu"):
+        if not s.steps or (s.minutes is None and (isinstance(s.threads, int) or self.device.type != "cpu")):
             return s.steps, torch.get_num_threads()
         self.model, self.optimizer = self._fresh()  # thrown away after the measurement
         step = iter(range(1 << 30))
@@ -178,6 +180,7 @@ class Trainer:
         board = self.folder.file("tensorboard") if self.settings.tensorboard else None
         with Log(self.folder.file("log.jsonl"), self.step, board) as log, self.bar or contextlib.nullcontext():
             try:
+                self._before(log)
                 while self.step < self.steps and not self.done:
                     self._one(log)
                     last = self.step == self.steps
@@ -193,6 +196,18 @@ class Trainer:
                 if self.bar is not None:
                     self.bar.interrupted(resume_command())
                 raise Stopped(interrupted.number) from None
+
+    def _before(self, log: Log) -> None:
+        """What is to be known before the first step; and all there is to do where no step is asked for."""
+        if not self.steps:
+            if self.valid is not None:
+                self._evaluate(log)
+            self._finish()
+            self._save()
+        elif self.valid is not None and self.settings.early_stop is not None and self.settings.early_stop.metric:
+            few, rows = range(min(8, len(self.valid))), evaluate.raw_rows(self.valid)
+            replies = evaluate.answers(self.task, self.model, [self.valid[i] for i in few], device=self.device)
+            self._metric(evaluate.numbers(self.task.score(replies, [rows[i] for i in few])))
 
     def _one(self, log: Log) -> None:
         started = time.perf_counter()
@@ -315,7 +330,8 @@ class Trainer:
 
     def _keep_weights(self, figures: dict[str, float]) -> None:
         metadata = {"task": self.recipe.task, "step": str(self.step), **{k: f"{v:.6g}" for k, v in figures.items()}}
-        checkpoint.save_weights(self.folder.file(WEIGHTS), self.model, metadata)
+        tensors = lora.merged(self.model, checkpoint.model_tensors(self.model))
+        checkpoint.save_weights(self.folder.file(WEIGHTS), tensors, metadata)
 
     def _finish(self) -> None:
         self.done = True
@@ -370,15 +386,17 @@ class Trainer:
         )
 
     def _announce(self) -> None:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        if self.taken is not None:
+            self._say(str(self.taken))
+        parameters = build.trainable(self.model)
         number = str(self.precision).removeprefix("torch.")
         where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
         resumed = tr(f", resumed at step {self.step}", f"，从第 {self.step} 步继续") if self.step else ""
         self._say(
             tr(
-                f"{self.folder.path}: {self.recipe.task}, {parameters:,} parameters, {len(self.examples):,} examples, "
+                f"{self.folder.path}: {self.recipe.task}, {parameters}, {len(self.examples):,} examples, "
                 f"{self.steps} steps, {where}, {number}{resumed}",
-                f"{self.folder.path}：{self.recipe.task}，{parameters:,} 个参数，{len(self.examples):,} 个样本，"
+                f"{self.folder.path}：{self.recipe.task}，{parameters}，{len(self.examples):,} 个样本，"
                 f"{self.steps} 步，{where}，{number}{resumed}",
             )
         )

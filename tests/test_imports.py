@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "multihead"
 LAYERS: list[set[str]] = [
     {"errors", "__version__"},
     {"transformer", "codec", "data", "metrics", "run", "serve.settings", "strict_yaml"},
-    {"recipe", "explain", "generation", "runtime", "weights"},
+    {"recipe", "starting", "explain", "generation", "runtime", "weights"},
     {"task"},
     {"tasks"},
     {

@@ -137,7 +137,7 @@ def _same(tensor: Tensor) -> tuple:
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
-def _aliases(model: nn.Module) -> tuple[Tensors, dict[str, str]]:
+def aliases(model: nn.Module) -> tuple[Tensors, dict[str, str]]:
     """The model's tensors, each memory once under its first name; and the other names of tied ones."""
     tensors: Tensors = {}
     first: dict[tuple, str] = {}
@@ -155,12 +155,12 @@ def _aliases(model: nn.Module) -> tuple[Tensors, dict[str, str]]:
 
 def model_tensors(model: nn.Module) -> Tensors:
     """Parameters and persistent buffers by name; of tied weights the first name only. Views, not copies."""
-    return _aliases(model)[0]
+    return aliases(model)[0]
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: str = "") -> None:
     """Copies `tensors` into the model in place. One UserError lists all that does not fit."""
-    own, alias = _aliases(model)
+    own, alias = aliases(model)
     problems = []
     given = dict(tensors)
     for name, owner in alias.items():

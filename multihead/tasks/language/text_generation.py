@@ -112,6 +112,9 @@ class TextGeneration(Task):
     codec: TextCodec
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
+        if self.origin is not None:
+            self.codec = self.origin.codec()
+            return
         texts = map(self._text, rows)
         self.codec = TextCodec.fit(texts, kind=self.options.tokenizer, vocab_size=self.options.vocab_size)
 
