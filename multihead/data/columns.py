@@ -87,6 +87,8 @@ def match_columns(columns: Sequence[Column], given: Mapping[str, str] | None, he
             usable = [n for n in free if _usable(column, [row.get(n) for row in sample])]
             if usable:
                 found.theirs[column.name], found.how[column.name] = usable[0], "name"
+    elif any(column.kind == "time" for column in columns):
+        _take_log(columns, header, sample, found)
     missing = [c for c in columns if c.required and c.name not in found.theirs]
     _guess_by_content(missing, header, sample, found)
     problems = [_missing(c, header, where, named) for c in columns if c.required and c.name not in found.theirs]
@@ -119,6 +121,14 @@ def _take_given(columns: Sequence[Column], given: Mapping[str, str], header: Seq
                 f"没有 '{theirs}' 这一列（data.columns.{name}）；现有的列：{_shown(header, named)}{hint}"), where))
     if problems:
         raise UserError.many(problems)
+
+
+def _take_log(columns: Sequence[Column], header: Sequence[str], sample: Sequence[Mapping[str, Any]],
+              found: Matched) -> None:
+    """Which column of an event log without a header is which; what the recipe gives stands."""
+    for name, theirs in guess_log([name for name in header if name not in found.theirs.values()], sample).items():
+        if name not in found.theirs and any(column.name == name for column in columns):
+            found.theirs[name], found.how[name] = theirs, "content"
 
 
 def _shown(header: Sequence[str], named: bool) -> str:
@@ -210,6 +220,13 @@ def convert(column: Column, value: Any) -> tuple[Any, str]:
         if not names or len(names) < sum(1 for p in parts if not blank(p)):
             return None, _wrong_kind(column, value)
         return list(dict.fromkeys(names)), ""
+    if column.kind == "ids":
+        ids = [s.strip() if (s := _scalar(v)) is not None else "" for v in ids_of(value) or []]
+        return (ids, "") if ids and all(ids) and not any(map(_SURROGATE.search, ids)) else (
+            None, _wrong_kind(column, value))
+    if column.kind == "time":
+        moment = seconds(value)
+        return (moment, "") if moment is not None else (None, _wrong_kind(column, value))
     if column.kind == "text" and isinstance(value, list) and all(isinstance(x, str) for x in value):
         value = "\n".join(value)
     text = _scalar(value)
@@ -246,6 +263,9 @@ def _scalar(value: Any) -> str | None:
 def _wrong_kind(column: Column, value: Any) -> str:
     wanted = {"text": ("text", "文本"), "label": ("a label", "标签"), "labels": ("a list of labels", "标签列表"),
               "id": ("an id", "编号"), "number": ("a number", "数字"),
+              "ids": ("an id, or a list of ids", "编号，或编号的列表"),
+              "time": ("a time: a number, or a date such as 2024-03-01 12:00:00",
+                       "时间：数字，或日期如 2024-03-01 12:00:00"),
               "answers": ("an answer, or a list of answers, each a text or {text, answer_start}",
                           "答案或答案列表，每个答案是文本或 {text, answer_start}")}[column.kind]
     shown = repr(value)

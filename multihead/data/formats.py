@@ -15,7 +15,7 @@ from multihead.errors import UserError, tr
 
 PIECE = 2000  # characters in a piece of plain text
 
-FormatName = Literal["txt", "jsonl", "json", "csv", "parquet"]
+FormatName = Literal["txt", "jsonl", "json", "csv", "parquet", "lists", "images", "idx"]
 
 
 class Record(NamedTuple):
@@ -31,7 +31,7 @@ class Record(NamedTuple):
 @dataclass
 class Format:
     """The form of one file. `header_line` is 0 where there is no header; `names` are the columns, where fixed; `nested`
-    JSON holds questions within passages within articles (SQuAD)."""
+    JSON holds questions within passages within articles (SQuAD). "lists": a user's items on a line, between blanks."""
 
     name: FormatName
     encoding: str = "utf-8"
@@ -125,6 +125,19 @@ def read_jsonl(source: Source, encoding: str | None) -> Iterator[Record]:
                 yield Record(number, value)
             else:
                 yield Record(number, {}, not_object(value))
+
+
+def read_lists(source: Source, form: Format, encoding: str | None) -> Iterator[Record]:
+    """A user's items on each line, oldest first. The user is the line's first word where ``form.names`` has "user",
+    else "line", the number of the line."""
+    named = "user" in form.names
+    for number, line in enumerate(_lines(source, encoding), 1):
+        words = line.split()
+        if len(words) > named:
+            head = {"user": words[0]} if named else {"line": str(number)}
+            yield Record(number, {**head, "item": words[named:]})
+        elif words:
+            yield Record(number, {}, tr(f"there is a user, '{words[0]}', and no item", f"只有用户“{words[0]}”，没有物品"))
 
 
 def not_object(value: Any) -> str:

@@ -51,15 +51,17 @@ def sniff(source: Source, wanted: Wanted) -> Format:
         raise UserError(tr("there is nothing but blanks in this file", "这个文件里只有空白"), where=source.name)
     if wanted.delimiter:
         return _as_csv(form, wanted.delimiter, text, whole, wanted, source)
-    json_form = _json_form(text, whole)
+    json_form = _json_form(text, whole, wanted)
     if json_form:
         form.name = json_form
         return form
     delimiter = _find_delimiter(text, whole, wanted, document=source.label is not None)
+    if not delimiter and any(c.kind == "ids" for c in wanted.columns):
+        return _as_lists(form, text, whole, wanted, source)
     return _as_csv(form, delimiter, text, whole, wanted, source) if delimiter else form
 
 
-def _json_form(text: str, whole: bool) -> Literal["json", "jsonl"] | None:
+def _json_form(text: str, whole: bool, wanted: Wanted) -> Literal["json", "jsonl"] | None:
     start = text.lstrip()
     if start[:1] == "[":
         after = start[1:].lstrip()
@@ -72,7 +74,8 @@ def _json_form(text: str, whole: bool) -> Literal["json", "jsonl"] | None:
     except (ValueError, RecursionError):
         # A broken first line of many objects, or the first line of an object written over several.
         return "jsonl" if len(lines) > 1 and lines[1].startswith("{") else "json"
-    if len(lines) == 1 and whole and any(_objects(v) for v in first.values()):
+    row = _hits([str(key) for key in first], wanted) >= {c.name for c in wanted.columns if c.required}
+    if len(lines) == 1 and whole and any(_objects(v) for v in first.values()) and not row:
         return "json"
     return "jsonl"
 
@@ -158,6 +161,21 @@ def _as_csv(form: Format, delimiter: str, text: str, whole: bool, wanted: Wanted
                             where=f"{source.name}:{form.header_line}")
     else:
         form.names = [str(i + 1) for i in range(_agreement(rows)[0])]
+    return form
+
+
+def _as_lists(form: Format, text: str, whole: bool, wanted: Wanted, source: Source) -> Format:
+    """One user's items a line: the first word names the user where no two lines begin alike, or the recipe says so."""
+    lines = [line.split() for line in (text if whole else text[: text.rfind("\n") + 1]).split("\n")]
+    lines = [words for words in lines if words]
+    if lines and len({len(words) for words in lines}) == 1 and 2 < len(lines[0]) < 5 and len(lines) > 2 \
+            and all(_numeric(words[-1]) and float(words[-1]) > 3e8 for words in lines):
+        raise UserError(tr("this looks like a table with blanks between its columns; set data.delimiter to ' '",
+                           "这看起来是以空格分列的表格；请把 data.delimiter 设为 ' '"), where=f"{source.name}:1")
+    firsts = [words[0] for words in lines]
+    given = wanted.mapping.get("user")
+    named = given == "user" or (given is None and len(set(firsts)) == len(firsts))
+    form.name, form.names = "lists", ["user" if named else "line", "item"]
     return form
 
 
