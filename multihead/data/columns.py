@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from multihead.data.events import guess_log, ids_of, seconds
 from multihead.data.squad import answers
 from multihead.errors import Problem, UserError, nearest, tr
 
-ColumnKind = Literal["text", "label", "labels", "id", "number", "answers"]
+ColumnKind = Literal["text", "label", "labels", "id", "ids", "number", "time", "answers"]
 
 TEXT_NAMES = ("text", "review", "sentence", "content", "comment", "body", "message", "document", "paragraphs",
               "paragraph", "文本", "评论", "内容", "正文", "句子", "评价", "留言", "评论内容", "文本内容")
@@ -36,7 +37,8 @@ class Row(dict[str, Any]):
 class Column:
     """A column a task asks for: our `name`, what it holds, and other `names` it may have in a file (any case).
 
-    kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "number" int or float;
+    kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "ids" list of str, one id alone being a
+    list of one; "number" int or float; "time" float, in seconds where it was a date, else the number as it stands;
     "answers" list of {"text", "answer_start"}, empty for a question that has none (see `squad.answers`).
     """
 
