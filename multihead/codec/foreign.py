@@ -96,6 +96,9 @@ class ForeignCodec(TextCodec):
         any_special = next((i for i in known if i is not None), min(self._special, default=0))
         self.pad, self.unk, self.bos, self.eos = (_or(roles.get(r), any_special) for r in ("pad", "unk", "bos", "eos"))
         self._probe(encoder=roles.get("mask") is not None)
+        # A word-level or unigram model may know the name of a special token as a word.
+        self._forbidden = self._special.keys() - {roles.get("unk")}
+        self._instead = _or(roles.get("unk"), next(iter(tokenizer.encode("?", add_special_tokens=False).ids), self.unk))
         self.begin = tuple(self._prefix) or (self.bos,)
         self.ends = frozenset((self.eos, *ends))
         self.chat_template = chat_template
@@ -170,6 +173,22 @@ class ForeignCodec(TextCodec):
     def vocab_size(self) -> int:
         return self._size
 
+    def encode(self, text: str) -> np.ndarray:
+        return self._plain(self.as_tokenizer().encode(_whole(text), add_special_tokens=False).ids)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = self.as_tokenizer().encode_batch_fast([_whole(text) for text in texts], add_special_tokens=False)
+        return [self._plain(one.ids) for one in found]
+
+    def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, spans = super().spans(text)
+        return self._plain(ids.tolist()), spans
+
+    def _plain(self, ids: list[int]) -> np.ndarray:
+        if not self._forbidden.isdisjoint(ids):
+            ids = [self._instead if id in self._forbidden else id for id in ids]
+        return np.array(ids, dtype=np.int32)
+
     @property
     def mask_name(self) -> str | None:
         return None if self.mask is None else self.as_tokenizer().id_to_token(self.mask)
@@ -180,8 +199,9 @@ class ForeignCodec(TextCodec):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` by the tokenizer's own decoder; special tokens give nothing."""
-        if self._byte_level:
-            return b"".join(map(self.token, ids)).decode("utf-8", "replace")
+        if self._byte_level or self._byte_fallback:
+            stream = ByteStream(self)
+            return "".join([*map(stream.push, ids), stream.flush()])
         kept = [i for i in map(int, ids) if i not in self._special]
         return self.as_tokenizer().decode(kept, skip_special_tokens=False)
 
@@ -209,7 +229,15 @@ class ForeignCodec(TextCodec):
 
     def stream(self) -> ByteStream | WholeStream:
         """A decoder that takes one id at a time; the pieces together are the ``decode`` of all ids."""
-        return ByteStream(self) if self._byte_level else WholeStream(self)
+        return ByteStream(self) if self._byte_level or self._byte_fallback else WholeStream(self)
+
+    def first(self, id: int) -> bytes:
+        """As ``token``, for the first of a text: some tokenizers write every word with a blank and take that one off."""
+        found = self.token(id)
+        if self._byte_level or not found.startswith(b" "):
+            return found
+        alone = self.as_tokenizer().decode([int(id)], skip_special_tokens=False)
+        return found if alone.startswith(" ") else found[1:]
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
@@ -271,20 +299,24 @@ class ForeignCodec(TextCodec):
 
 
 class ByteStream:
-    """Decodes ids of a byte-level tokenizer as they come; half a character is held back."""
+    """Decodes ids of a tokenizer that falls back on bytes, as they come; half a character is held back."""
 
     def __init__(self, codec: ForeignCodec) -> None:
-        self._codec = codec
+        self._codec, self._begun = codec, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
         """The characters that `id` completes; often none, sometimes several."""
-        return self._decoder.decode(self._codec.token(id))
+        if self._begun:
+            return self._decoder.decode(self._codec.token(id))
+        self._begun = self._codec.token(id) != b""
+        return self._decoder.decode(self._codec.first(id))
 
     def flush(self) -> str:
         """What is still held back, as U+FFFD; the stream is then as new."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._begun = False
         return rest
 
 

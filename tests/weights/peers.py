@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-TEXTS = 20 * ["The room was clean, and breakfast didn't disappoint.", "房间很干净，服务也好。", "Hello World! 早上好 😀"]
+TEXTS = 20 * ["The room was clean, and breakfast didn't disappoint.", "房间很干净，服务也好。", "Hello! 早上好 😀"]
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 70,
