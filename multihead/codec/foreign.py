@@ -100,7 +100,7 @@ class ForeignCodec(TextCodec):
         self._forbidden = self._special.keys() - {roles.get("unk")}
         self._instead = _or(roles.get("unk"), next(iter(tokenizer.encode("?", add_special_tokens=False).ids), self.unk))
         self.begin = tuple(self._prefix) or (self.bos,)
-        self.ends = frozenset((self.eos, *ends))
+        self.ends = frozenset((self.eos, *ends, *self.begin))  # where another text begins, this one has ended
         self.chat_template = chat_template
         self._table: dict[int, bytes] = {}  # type: ignore[assignment]
         self._parsing: Tokenizer | None = None
@@ -232,7 +232,7 @@ class ForeignCodec(TextCodec):
         return ByteStream(self) if self._byte_level or self._byte_fallback else WholeStream(self)
 
     def first(self, id: int) -> bytes:
-        """As ``token``, for the first of a text: some tokenizers write every word with a blank and take that one off."""
+        """As ``token``, for the first of a text: some tokenizers write words with a blank and take that one off."""
         found = self.token(id)
         if self._byte_level or not found.startswith(b" "):
             return found

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multihead.generation.loop import Decoding, Emitter, Sequel, TextStream, check_length, padded
+from multihead.generation.loop import Decoding, Emitter, Sequel, TextStream, check_length, ends_of, padded
 from multihead.generation.sampling import Sampling, sample
 from multihead.transformer.cache import Cache
 
@@ -84,7 +84,7 @@ class Job:
         check_length(len(begun), engine.model.max_length)
         self.engine, self.receive, self.logprobs, self.prompt = engine, receive, logprobs, len(begun)
         self.text = TextStream(engine.codec, sampling.stop)
-        self.row = Sequel(begun, sampling, sampling.generator(sample), engine.codec.eos, self.text)
+        self.row = Sequel(begun, sampling, sampling.generator(sample), ends_of(engine.codec), self.text)
         self.row.left = min(self.row.left, engine.model.max_length - len(begun))
         self.cancelled = self.ended = False
         self._sent = 0
@@ -98,7 +98,7 @@ class Job:
         """Add a token and send on what it releases; True where the answer has come to its end."""
         place = len(self.text.text) + len(self.text.held)
         ended = self.row.push(token)
-        if self.logprobs is not None and token != self.row.eos:
+        if self.logprobs is not None and token not in self.row.ends:
             self._tokens.append(Token(token, logprob, top, place))
         if ended:
             self.text.flush()

@@ -6,7 +6,7 @@ Legend: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,11 +137,12 @@ class Sequel:
         prompt: Sequence[int],
         sampling: Sampling,
         generator: random.Random,
-        eos: int | None,
+        eos: int | Collection[int] | None,
         text: TextStream | None = None,
     ) -> None:
         self.ids = list(prompt)
-        self.sampling, self.generator, self.eos, self.text = sampling, generator, eos, text
+        self.sampling, self.generator, self.text = sampling, generator, text
+        self.ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         self.left = sampling.max_tokens
         self.reason = ""
 
@@ -149,7 +150,7 @@ class Sequel:
         """Add a token; True where the row has come to its end (``reason``: "stop" or "length")."""
         self.ids.append(token)
         self.left -= 1
-        if token == self.eos:
+        if token in self.ends:
             self.reason = "stop"
             return True
         if self.text is not None:
@@ -254,7 +255,7 @@ def complete(model: Emitter, codec: Any, prompts: Sequence[Sequence[int]], sampl
         return []
     for prompt in begun:
         check_length(len(prompt), model.max_length)
-    rows = [Sequel(p, sampling, sampling.generator(), codec.eos, TextStream(codec, sampling.stop)) for p in begun]
+    rows = [Sequel(p, sampling, sampling.generator(), ends_of(codec), TextStream(codec, sampling.stop)) for p in begun]
     for row in rows:
         row.left = min(row.left, model.max_length - len(row.ids))
     with Decoding(model):
@@ -266,6 +267,11 @@ def complete(model: Emitter, codec: Any, prompts: Sequence[Sequence[int]], sampl
         row.text.flush()
         answers.append(Done(row.text.text, row.ids[len(prompt) :], row.reason))
     return answers
+
+
+def ends_of(codec: Any) -> Collection[int]:
+    """The ids that end a text of this codec: its ``eos``, and what else a foreign tokenizer's model ends with."""
+    return getattr(codec, "ends", (codec.eos,))
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -258,6 +258,18 @@ class Hosted:
             named = next((name for name in SAMPLING if error.problems[0].message.startswith(name)), None)
             raise of_user_error(error, param=named, code="invalid_value") from None
 
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Messages → the ids of a prompt, by the task: its chat template, if there is one.
+
+        Raises:
+            ApiError: 413 where it is too long; 422 where the template does not take it.
+        """
+        try:
+            given = self.task.prompt(messages)  # type: ignore[attr-defined]
+        except UserError as error:
+            raise of_user_error(error, param="messages") from None
+        return self.prompt(given, "messages")
+
     def prompt(self, row: Any, param: str = "prompt") -> list[int]:
         """A row, a text or token ids → the ids of a prompt.
 

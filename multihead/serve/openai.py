@@ -59,8 +59,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         message = tr("top_logprobs needs logprobs: true", "使用 top_logprobs 时须 logprobs: true")
         raise ApiError(422, message, "top_logprobs", "invalid_value")
-    text = hosted.task.prompt([message.plain() for message in body.messages])  # type: ignore[attr-defined]
-    prompt = await asyncio.to_thread(hosted.prompt, text, "messages")
+    prompt = await asyncio.to_thread(hosted.conversation, [message.plain() for message in body.messages])
     wished = limits.pop() if limits else None
     texts = asked(hosted, body, [prompt], wished, (body.top_logprobs or 0) if body.logprobs else None)
     return await answered(ChatForm(texts, hosted), texts, body, request)

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multihead import task as base
+from multihead.codec.foreign import ForeignCodec
 from multihead.codec.text import TextCodec
 from multihead.data.rows import Column
 from multihead.data.store import Store, Windows
@@ -133,10 +134,10 @@ class TextGeneration(Task):
     def encode(self, row: dict[str, Any]) -> Example:
         text = self._text(row)
         ids = self.codec.encode(text)
-        # <eos> stands before every document, and so between two: a model learns to end one by foretelling it (as
-        # GPT-2's separator does). A piece that continues a longer file has none.
+        # <eos> (or what a foreign tokenizer begins with) stands before every document, and so between two: a model
+        # learns to end one by foretelling it, as GPT-2's separator. A piece that continues a longer file has none.
         if not row.get("joined", False):
-            ids = np.concatenate((np.array([self.codec.eos], dtype=ids.dtype), ids))
+            ids = np.concatenate((np.array(self.codec.begin, dtype=ids.dtype), ids))
         size = np.array(len(text.encode("utf-8", "surrogatepass")), dtype=np.int64)
         return {"ids": ids, "bytes": size}
 
@@ -229,6 +230,9 @@ class TextGeneration(Task):
     def request(self, body: Any) -> dict[str, Any]:
         return {"text": body} if isinstance(body, str) else dict(body)
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as one text: what a model that only goes on with texts can read."""
+    def prompt(self, messages: Sequence[dict[str, str]]) -> str | list[int]:
+        """A conversation as a prompt: ids by the chat template that came with the weights; else one text, which is what
+        a model that only goes on with texts can read."""
+        if isinstance(self.codec, ForeignCodec) and self.codec.chat_template is not None:
+            return self.codec.chat(messages)
         return "\n".join(message["content"] for message in messages)
