@@ -32,7 +32,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.recipe import Recipe
 from multihead.run import WEIGHTS, RunFolder
-from multihead.runtime import checkpoint, device, optim
+from multihead.runtime import adapter, checkpoint, device, optim
 from multihead.runtime.log import Log, Progress, resume_command
 from multihead.task import Batch, Task
 from multihead.transformer import lora
@@ -332,6 +332,9 @@ class Trainer:
         metadata = {"task": self.recipe.task, "step": str(self.step), **{k: f"{v:.6g}" for k, v in figures.items()}}
         tensors = lora.merged(self.model, checkpoint.model_tensors(self.model))
         checkpoint.save_weights(self.folder.file(WEIGHTS), tensors, metadata)
+        if self.recipe.model.lora is not None:
+            config, places = self.recipe.model, build.body(self.model)
+            adapter.save(self.folder.file(adapter.FOLDER), self.model, self.task.origin, config, places)
 
     def _finish(self) -> None:
         self.done = True

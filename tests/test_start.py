@@ -215,6 +215,29 @@ def test_resumed_is_never_stopped(home: Path, tmp_path: Path, wishes: list[str])
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_a_run_with_lora_trains_little_and_leaves_plain_weights_and_an_adapter(home: Path, tmp_path: Path) -> None:
+    wishes = ["model.lora={rank: 2, targets: [all]}", "train.lr=0.01"]
+    begun = trainer(classifier(home), tmp_path / "run", *wishes)
+    head = sum(p.numel() for p in begun.model.head.parameters())  # type: ignore[union-attr]
+    # Each map of inputs I and outputs O gets 2·(I + O): qkv 16→48, out 16→16, up 16→64, down 64→16; two blocks.
+    small = 2 * 2 * (64 + 32 + 80 + 80)
+    assert build.trainable(begun.model).startswith(f"{small + head:,} of ")
+    begun.fit()
+    run, origin = open_run(tmp_path / "run"), checkpoint.load_weights(home / "encoder" / "model.safetensors")
+    own = checkpoint.model_tensors(run.model)
+    assert not any("lora" in name for name in own)
+    for name in own:
+        if name.startswith(("input.", "trunk.")):
+            adapted = name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+            assert torch.equal(own[name], origin[name]) != adapted
+    saved = checkpoint.load_weights(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    key = "base_model.model.trunk.blocks.0.attention.qkv.lora_{}.weight"
+    added = 8 * saved[key.format("B")] @ saved[key.format("A")]  # alpha 16 over rank 2
+    weight = "trunk.blocks.0.attention.qkv.weight"
+    torch.testing.assert_close(own[weight], origin[weight] + added)
+    assert run.recipe.model.lora is not None and run.predict([GOOD])[0]["label"] in ("好", "差")
+
+
 def test_an_origin_that_changed_is_noticed_and_one_that_is_gone_is_not_needed(home: Path, tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     shutil.copytree(home / "encoder", origin)

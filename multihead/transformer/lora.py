@@ -33,6 +33,7 @@ class LoraLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors' own code and PEFT's
         for small in (self.lora_A, self.lora_B):
             small.muon_split = 0  # type: ignore[attr-defined]  # to AdamW: an orthogonal step undoes B's start at zero
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         added = F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
