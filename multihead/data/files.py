@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -48,11 +49,14 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Source:
-    """One file of data: its path, how messages call it, and the folder name that labels it, if any."""
+    """One file of data: its path, how messages call it, and the folder name that labels it, if any.
+
+    `content`: of a file that lies in an archive, its bytes; `path` is then the archive's."""
 
     path: Path
     name: str
     label: str | None = None
+    content: bytes | None = None
 
 
 def os_error(name: str, error: OSError) -> UserError:
@@ -154,7 +158,7 @@ def read_chunks(source: Source, size: int = CHUNK) -> Iterator[bytes]:
     Raises UserError: unreadable, truncated or damaged gzip, and gzip that unpacks beyond all reason.
     """
     try:
-        with open(source.path, "rb") as file:
+        with open(source.path, "rb") if source.content is None else io.BytesIO(source.content) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             if not packed:

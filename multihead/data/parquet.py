@@ -22,7 +22,8 @@ def read_parquet(source: Source) -> Iterator[Record]:
                         where=source.name) from None
     number = 0
     try:
-        with pq.ParquetFile(source.path, pre_buffer=False, buffer_size=1 << 20) as file:
+        where = source.path if source.content is None else pa.BufferReader(source.content)
+        with pq.ParquetFile(where, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(batch_size=_ROWS):
                 for values in batch.to_pylist():
                     number += 1

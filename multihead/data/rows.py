@@ -67,6 +67,10 @@ def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
         return open_aligned(named, columns, encoding, Path(base))
     assert not isinstance(paths, Mapping)
     wanted = Wanted(columns, {k: str(v) for k, v in (mapping or {}).items()}, encoding, delimiter, header)
+    if any(column.kind == "image" for column in columns):
+        from multihead.data.pictures import open_pictures
+
+        return open_pictures(paths, wanted, Path(base))
     sources, skipped = find_sources(paths, Path(base))
     files, problems = [], []
     for source in sources:
@@ -206,29 +210,38 @@ class Rows:
             self.rejected.append(Problem(message, where))
 
     def _table(self, file: FileOf) -> Iterator[Row]:
-        name = file.source.name
-        taken = set(file.matched.theirs.values()) | {c.name for c in self._wanted.columns}
-        pairs = [(c, file.matched.theirs[c.name]) for c in self._wanted.columns if c.name in file.matched.theirs]
         for record in _records(file.source, file.form, self._wanted.encoding):
-            where = f"{name}:{record.place or record.line}"
-            if record.problem:
-                self._reject(record.problem, where)
+            row = self._record_row(file, record)
+            if row is not None:
+                yield row
+
+    def _record_row(self, file: FileOf, record: Record) -> Row | None:
+        """The record as a row; None, and the reason kept, where it cannot be one."""
+        where = f"{file.source.name}:{record.place or record.line}"
+        if record.problem:
+            self._reject(record.problem, where)
+            return None
+        row, faults, theirs = Row(where=where), [], file.matched.theirs
+        for column in self._wanted.columns:
+            if column.name not in theirs:
                 continue
-            row = Row(where=where)
-            faults = []
-            for column, theirs in pairs:
-                value, fault = convert(column, record.values.get(theirs))
-                if fault:
-                    faults.append(fault)
-                elif value is not None:
-                    row[column.name] = value
-            if faults:
-                self._reject("; ".join(faults), where)
-                continue
-            for key, value in record.values.items():
-                if key not in taken:
-                    row[key] = value
-            yield row
+            value, fault = self._value(file, column, record.values.get(theirs[column.name]))
+            if fault:
+                faults.append(fault)
+            elif value is not None:
+                row[column.name] = value
+        if faults:
+            self._reject("; ".join(faults), where)
+            return None
+        taken = {*theirs.values(), *(c.name for c in self._wanted.columns)}
+        for key, value in record.values.items():
+            if key not in taken:
+                row[key] = value
+        return row
+
+    def _value(self, file: FileOf, column: Column, value: Any) -> tuple[Any, str]:
+        """(a cell in its column's form, "") or (None, what is wrong with it)."""
+        return convert(column, value)
 
     def _text(self, file: FileOf) -> Iterator[Row]:
         column = next(iter(file.matched.theirs))
@@ -261,6 +274,8 @@ def _how_read(about: Mapping[str, Any]) -> str:
         form = named + ("" if about["header"] else tr(" without header", "，没有表头"))
     elif form == "txt":
         form = tr("plain text", "纯文本")
+    elif form in ("images", "idx"):
+        form = tr("pictures", "图片") + (" (IDX)" if form == "idx" else "")
     elif form == "lists":
         form = tr("one user's items a line", "每行一个用户的物品序列")
     else:

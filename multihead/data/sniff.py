@@ -36,7 +36,7 @@ def sniff(source: Source, wanted: Wanted) -> Format:
     """Find the form of `source`. Raises UserError: empty, binary, not decodable, or no readable beginning."""
     head, whole = read_head(source, HEAD)
     try:
-        packed = is_gzip(source.path)
+        packed = source.content is None and is_gzip(source.path)
     except OSError as error:
         raise os_error(source.name, error) from None
     if not head:
