@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -17,6 +18,7 @@ from multihead.codec.words import cut
 from multihead.data.store import Store, StoreWriter
 from multihead.errors import UserError
 from multihead.tasks.language.fill_mask import FillMask
+from multihead.train import train
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import MaskedHead
 
@@ -263,6 +265,49 @@ def test_a_text_is_framed_as_its_tokenizer_says():
         for t in (truth[:n] > 0).nonzero().flatten().tolist():
             slow -= float(logits[t].log_softmax(-1)[truth[t] - 1])
     assert float(loss.total) == pytest.approx(slow, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_weights_of_others_fill_and_embed_as_in_transformers(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    from tests.weights import peers
+
+    kind, shape = peers.ENCODERS[name]
+    theirs = peers.peer(kind, "MaskedLM", **shape, vocab_size=320)
+    mask = {"bert": "[MASK]", "roberta": "<mask>"}[name]
+    pieces = peers.word_piece() if name == "bert" else peers.robertas()
+    peers.write(tmp_path / "theirs", theirs, pieces, mask_token=mask)
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n".join(peers.TEXTS[:3]), "utf-8")
+    recipe = {
+        "task": "fill-mask", "name": "x", "data": {"train": str(rows), "split": {"valid": 0, "test": 0}},
+        "options": {"context": 48},
+        "model": {"from": str(tmp_path / "theirs")}, "train": {"steps": 0},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = train(tmp_path / "recipe.yaml", run=tmp_path / "run", progress=False)
+    texts = ["The room <mask> clean", "<mask> early in the <mask>!"]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "theirs" / "tokenizer.json"), mask_token=mask, pad_token="[PAD]"
+    )
+    with torch.inference_mode():
+        for text, answer in zip(texts, run.predict(texts, top_k=100), strict=True):
+            given = tokenizer(text.replace("<mask>", mask), return_tensors="pt", truncation=False)
+            places = given["input_ids"][0] == tokenizer.mask_token_id
+            logits = theirs(input_ids=given["input_ids"]).logits[0, places]
+            assert len(answer["fillings"]) == len(logits)
+            for fillings, likely in zip(answer["fillings"], logits.softmax(-1), strict=True):
+                scores = likely.sort(descending=True).values.tolist()
+                named = {tokenizer.decode([i]).strip().removeprefix("##"): float(likely[i]) for i in likely.argsort()}
+                assert len(fillings) > 20 and fillings[0]["score"] <= scores[0] + 1e-6
+                for one in fillings[:5]:
+                    assert any(one["score"] == pytest.approx(score, rel=1e-3) for score in scores)
+                assert named[fillings[0]["text"]] == pytest.approx(fillings[0]["score"], rel=1e-3)
+        own = run.task.embed(run.model, collated(run.task, *peers.TEXTS[:3]))
+        for vector, text in zip(own, peers.TEXTS[:3], strict=True):
+            ids = tokenizer(text, return_tensors="pt", truncation=False)["input_ids"]
+            mean = theirs.base_model(input_ids=ids).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(vector, F.normalize(mean, dim=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gap_to_try_is_a_letter_in_the_middle():
