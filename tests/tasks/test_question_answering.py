@@ -164,19 +164,25 @@ def test_an_answer_longer_than_a_window_is_learned_from_its_ends() -> None:
     rows = [row(LONG, ASKED, LONG[5:35])]
     made = fitted(rows)
     model = Says(made, {LONG[5]: (9.0, 0.0), LONG[34]: (0.0, 9.0)})
-    loss = made.loss(model, made.collate([made.encode(rows[0])]))
+    example = made.encode(rows[0])
+    assert made.augment(example, np.random.default_rng(0))["windows"].tolist() == [5, 15]
+    loss = made.loss(model, made.collate([example]))
     assert 0 < float(loss.total.detach()) < 0.5
 
 
-def test_training_reads_the_windows_with_the_answer() -> None:
-    made = fitted([row(LONG, ASKED, LONG[20:23])], train_windows=2)
-    example = made.encode(row(LONG, ASKED, LONG[20:23]))
-    seen = set()
-    for i in range(50):
-        starts = made.augment(example, np.random.default_rng(i))["windows"].tolist()
-        assert len(starts) == 2 and any(3 <= s <= 20 for s in starts)
-        seen.update(starts)
-    assert seen >= {6, 12, 18}
+def test_training_reads_a_window_with_the_answer_and_others_without() -> None:
+    rows = [row(LONG * 2, ASKED, LONG[2:4]), row(LONG * 2, ASKED)]
+    made = fitted(rows, no_answer=True, other_windows=1.5)
+    answered, silent = (made.encode(r) for r in rows)
+    counts, places = [], set()
+    for i in range(100):
+        starts = made.augment(answered, np.random.default_rng(i))["windows"].tolist()
+        inside = [s for s in starts if s in (0, 1, 2)]
+        assert len(inside) == 1 and all(s > 3 or s + 20 <= 2 for s in starts if s not in inside)
+        counts.append(len(starts))
+        places.update(inside)
+        assert len(made.augment(silent, np.random.default_rng(i))["windows"]) in (2, 3)
+    assert set(counts) == {2, 3} and 2.3 < np.mean(counts) < 2.7 and places == {0, 1, 2}
 
 
 def test_answers_are_short_lie_within_the_passage_and_have_no_blanks_around_them() -> None:

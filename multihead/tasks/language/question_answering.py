@@ -105,9 +105,9 @@ class QuestionAnswering(Task):
         max_answer: int = Field(30, ge=1)
         """Most tokens of an answer.
         答案最多的词元数。"""
-        train_windows: int = Field(4, ge=1)
-        """In training, most windows of one passage at a time: those with the answer, and others by chance.
-        训练时每个段落一次最多读几个窗口：含答案的窗口，其余随机选取。"""
+        other_windows: float = Field(1.0, ge=0)
+        """In training a passage is read through one window with the answer and, on average, so many others.
+        训练时每个段落读一个含答案的窗口，另外平均再读这么多个其他窗口。"""
         overlap: bool = True
         """Tell the model which tokens of the passage stand in the question; a small model gains much by it.
         告诉模型段落中哪些词元也出现在问题里；小模型由此获益很大。"""
@@ -237,15 +237,20 @@ class QuestionAnswering(Task):
         return store.lengths("context")
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """At most `train_windows` windows, those with the answer before others."""
-        starts, most = example["windows"], self.options.train_windows
-        if len(starts) <= most:
+        """Of a passage of several windows: one around the answer, cut anywhere, and some without it."""
+        starts, length = example["windows"], len(example["context"])
+        if len(starts) == 1:
             return example
         first, last = example["target"].tolist()
-        room = self._room(example["question"])
-        held = (starts <= first) & (last < starts + room)
-        order = np.lexsort((rng.random(len(starts)), ~held))
-        return {**example, "windows": np.sort(starts[order[:most]])}
+        room, others = self._room(example["question"]), self.options.other_windows
+        low, high = max(0, last - room + 1), min(first, length - room)
+        without = rng.permutation(starts[(starts > last) | (starts + room <= first)] if first >= 0 else starts)
+        count = int(others) + (rng.random() < others % 1) + (first < 0)
+        chosen = list(without[:count])
+        if first >= 0:
+            # An answer longer than a window is read through the windows of its two ends.
+            chosen += [rng.integers(low, high + 1)] if low <= high else [high, low]
+        return {**example, "windows": np.array(sorted(map(int, chosen)), dtype=starts.dtype)}
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """ids, segments, overlap (B, W, L); lengths (B, W), 0 where a passage has fewer windows; begin, at (B, W): the
