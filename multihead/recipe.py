@@ -133,9 +133,9 @@ class Train(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate.
     学习率。"""
-    muon_lr: float = Field(default=0.02, gt=0)
-    """Learning rate of the 2-D weights that Muon trains.
-    由 Muon 训练的二维权重的学习率。"""
+    muon_lr: float | None = Field(default=0.02, gt=0)
+    """Learning rate of the 2-D weights that Muon trains; null: `lr`, with AdamW's step size.
+    由 Muon 训练的二维权重的学习率；null 表示用 lr，步长与 AdamW 相当。"""
     weight_decay: float = Field(default=0.01, ge=0)
     """Share by which weights shrink, times the learning rate, at each step.
     权重衰减：每一步按它与学习率之积缩小权重。"""
