@@ -83,8 +83,8 @@ def simplifier() -> Callable[[str], str]:
     try:
         import opencc
     except ImportError:
-        raise UserError(tr("options.simplify needs OpenCC: pip install 'multihead[chinese]'",
-                           "options.simplify 需要 OpenCC：请运行 pip install 'multihead[chinese]'")) from None
+        raise UserError(tr("options.simplify needs OpenCC: pip install 'multihead[zh]'",
+                           "options.simplify 需要 OpenCC：请运行 pip install 'multihead[zh]'")) from None
     convert = opencc.OpenCC("t2s").convert
 
     def simplify(text: str) -> str:

@@ -29,6 +29,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import text as metrics
 from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.tasks.language._passages import simplifier
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import MaskedHead
 from multihead.transformer.inputs import TokenInput
@@ -67,8 +68,13 @@ class FillMask(Task):
     embeds = True
     asks = ("top_k",)
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "model": {"d_model": 192, "num_layers": 4, "num_heads": 3, "norm": "layernorm", "activation": "relu2"},
-        "train": {"steps": 4000, "batch_size": 64, "optimizer": "muon"},
+        "model": {
+            "d_model": 128, "num_layers": 3, "num_heads": 4, "norm": "layernorm", "activation": "relu2",
+            "ngrams": [2, 3], "ngram_buckets": 32768,
+        },
+        "train": {
+            "steps": 2400, "batch_size": 64, "optimizer": "muon", "lr": 0.002, "muon_lr": None, "weight_decay": 0.05,
+        },
     }
 
     class Options(base.Options):
@@ -87,6 +93,9 @@ class FillMask(Task):
         whole_words: bool = False
         """Hide words, not single tokens: Chinese words as jieba finds them, others by their blanks.
         整词遮盖，而不是单个词元：中文用 jieba 分词，其他文字按空格分词。"""
+        simplify: bool = False
+        """Read traditional Chinese as simplified (needs OpenCC).
+        把繁体字当作简体字读（需要 OpenCC）。"""
 
     codec: TextCodec
 
@@ -102,13 +111,16 @@ class FillMask(Task):
                                    f"{where} 的分词器没有遮盖词元；fill-mask 只能从做过遮盖训练的权重开始"
                                    "（fill-mask、BERT、RoBERTa）"))
             return
-        texts = (row["text"] for row in rows)
+        texts = (self._text(row) for row in rows)
         self.codec = TextCodec.fit(texts, self.options.tokenizer, self.options.vocab_size, (*SPECIAL, "<mask>"))
+
+    def _text(self, row: dict[str, Any]) -> str:
+        return simplifier()(row["text"]) if self.options.simplify else row["text"]
 
     def encode(self, row: dict[str, Any]) -> Example:
         """``ids`` (T,): the text's own tokens, where ``<mask>`` or ``[MASK]`` is the mask; and with
         `options.whole_words` ``starts`` (T,): 1 where a word begins."""
-        text = row["text"]
+        text = self._text(row)
         parts, pieces, starts = MARK.split(text), [], []
         for i, part in enumerate(parts):
             if i:
@@ -353,7 +365,7 @@ class FillMask(Task):
 
     def sample(self, row: dict[str, Any]) -> dict[str, Any]:
         """The beginning of a text with a word in its middle hidden."""
-        ids = self.codec.encode(row["text"])[:TRY].tolist()
+        ids = self.codec.encode(self._text(row))[:TRY].tolist()
         plain = [i for i, token in enumerate(ids) if self._spell(token).strip().isalpha()]
         at = min(plain, key=lambda i: abs(i - len(ids) // 2)) if plain else len(ids) // 2
         gap = " <mask>" if ids and self._spell(ids[at]).startswith(" ") else "<mask>"
