@@ -26,6 +26,7 @@ from ..run import free_space, size_text
 # What each extra is for, and the modules by which we see that it is there.
 EXTRAS = {
     "data": ("pyarrow",),
+    "vision": ("PIL",),
     "eval": ("jinja2",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "limits"),
     "log": ("tensorboard",),
