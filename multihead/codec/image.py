@@ -22,7 +22,7 @@ from multihead.errors import UserError, tr
 from multihead.run import write_json
 
 FILE = "image.json"
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 MAX_PIXELS = 1 << 26
 """Most pixels of one picture (67 million), for what it takes in memory while it is decoded."""
 MAX_SIDE = 64
