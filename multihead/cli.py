@@ -220,6 +220,31 @@ def serve(
     serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device)
 
 
+@app.command(help=tr("write a run in the form of the library transformers, and prove it",
+                     "把训练结果写成 transformers 库的形式，并验证其一致"))
+def export(
+    run: RunPath,
+    to: Annotated[str, _option(
+        "--to", "hf: a folder that transformers loads", "hf：transformers 可以加载的文件夹", "FORM")] = "hf",
+    out: Annotated[Path | None, _option(
+        "-o --out", "folder to write; RUN-hf where not given", "写到哪个文件夹；不给出时为 RUN-hf", "DIR")] = None,
+    texts: Annotated[int, _option(
+        "--texts", "held-out texts to run through both", "用多少条留出文本对比两边的输出")] = 20,
+    proof: Annotated[bool, _option(
+        "--proof/--no-proof", "run both and compare (needs transformers)",
+        "运行两边并对比（需要 transformers）")] = True,
+) -> None:
+    from multihead.build import open_run
+    from multihead.export import export as write
+    from multihead.export import words
+
+    if to != "hf":
+        raise UserError(tr(f"--to {to}: the only form there is, is hf", f"--to {to}：目前只有 hf 一种形式"))
+    opened = open_run(run, "cpu")
+    folder = out or opened.path.absolute().with_name(f"{opened.path.absolute().name}-hf")
+    _console().print(words(write(opened, folder, texts, proof)), markup=False)
+
+
 @app.command(help=tr("what this machine can do: device, bf16, memory, packages",
                      "本机能力：设备、线程、bf16、内存、软件包"))
 def doctor() -> None:

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "build",
         "train",
         "evaluate",
+        "export",
         "predict",
         "report",
         "charts",

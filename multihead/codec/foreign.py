@@ -77,6 +77,7 @@ class ForeignCodec(TextCodec):
         roles: ids of pad, unk, bos, eos, mask.
         ends: ids that end a generated text.
         chat_template: a Jinja template that makes a prompt of a conversation.
+        family: the family of models whose weights it came with.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class ForeignCodec(TextCodec):
         roles: Mapping[str, int | None],
         ends: Iterable[int] = (),
         chat_template: str | None = None,
+        family: str = "",
     ) -> None:
+        self.family = family
         self.kind, self.normalize, self._tokenizer, self._size = "hf", None, tokenizer, size
         added = tokenizer.get_added_tokens_decoder()
         self._special = {i: token for i, token in added.items() if token.special}
@@ -109,7 +112,9 @@ class ForeignCodec(TextCodec):
         self._byte_fallback = "ByteFallback" in json.dumps(held.get("decoder"))
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], config: Mapping[str, Any], size: int) -> ForeignCodec:
+    def open(
+        cls, folder: str | os.PathLike[str], config: Mapping[str, Any], size: int, family: str = ""
+    ) -> ForeignCodec:
         """The tokenizer of a Hugging Face folder.
 
         Args:
@@ -137,7 +142,7 @@ class ForeignCodec(TextCodec):
         settings = [read_json(folder / name) if (folder / name).is_file() else {} for name in SETTINGS]
         roles = {role: _role(role, tokenizer, settings, config) for role in ROLES}
         ends = [i for held in (config, _maybe(folder / "generation_config.json")) for i in _ids(held, "eos_token_id")]
-        return cls(tokenizer, size, roles, [i for i in ends if i < size], _template(folder, settings[1]))
+        return cls(tokenizer, size, roles, [i for i in ends if i < size], _template(folder, settings[1]), family)
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
@@ -281,7 +286,8 @@ class ForeignCodec(TextCodec):
         """Write ``tokenizer.json`` and, beside it, what else is known: ``foreign.json``."""
         folder = Path(folder)
         held = {"size": self._size, "pad": self.pad, "unk": self.unk, "bos": self.bos, "eos": self.eos,
-                "mask": self.mask, "ends": sorted(self.ends), "chat_template": self.chat_template}
+                "mask": self.mask, "ends": sorted(self.ends), "chat_template": self.chat_template,
+                "family": self.family}
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((BPE_FILE, self.as_tokenizer().to_str(pretty=True)),
                            (FOREIGN_FILE, json.dumps(held, ensure_ascii=False, indent=1))):
@@ -293,7 +299,8 @@ class ForeignCodec(TextCodec):
         try:
             held = json.loads(_read(path))
             file = path.with_name(BPE_FILE)
-            return cls(parse(_read(file), file), held["size"], held, held["ends"], held["chat_template"])
+            tokenizer, template = parse(_read(file), file), held["chat_template"]
+            return cls(tokenizer, held["size"], held, held["ends"], template, held.get("family", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise _broken(path, error) from None
 

@@ -78,7 +78,7 @@ def body(config: TransformerConfig, skip: int = 0) -> list[Piece]:
 
 
 BERT = Family(
-    "bert", ("bert",), False, "bert.", read, write, LAYOUT, body,
+    "bert", ("bert",), False, "bert.", read, write, LAYOUT, body, square=True, activations=tuple(ACTIVATIONS),
     heads={
         "fill-mask": (
             *linear("head.dense", "cls.predictions.transform.dense"),
@@ -95,7 +95,7 @@ BERT = Family(
 
 ROBERTA = Family(
     "roberta", ("roberta", "xlm-roberta", "camembert"), False, "roberta.", read_roberta, write_roberta, LAYOUT,
-    lambda config: body(config, UNREAD),
+    lambda config: body(config, UNREAD), square=True, activations=tuple(ACTIVATIONS),
     heads={
         "fill-mask": (
             *linear("head.dense", "lm_head.dense"),

@@ -65,7 +65,8 @@ def body(config: TransformerConfig) -> list[Piece]:
 
 
 GPT2 = Family(
-    "gpt2", ("gpt2",), True, "transformer.", read, write, LAYOUT, body,
+    "gpt2", ("gpt2",), True, "transformer.", read, write, LAYOUT, body, square=True,
+    activations=tuple(ACTIVATIONS),
     heads={"text-generation": (Piece("head.linear.weight", ("lm_head.weight",)),)},
     ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
 )

@@ -10,8 +10,8 @@ from multihead.transformer.config import TransformerConfig
 from multihead.weights.names import Family, Given, Piece, linear
 
 LAYOUT = {
-    "norm": "rmsnorm", "norm_position": "before", "positions": "rotary", "activation": "swiglu",
-    "embedding_norm": False, "segments": 0, "ngrams": (),
+    "norm": "rmsnorm", "norm_position": "before", "positions": "rotary", "embedding_norm": False,
+    "segments": 0, "ngrams": (),
 }
 
 
@@ -129,7 +129,7 @@ def family(
     **layout: bool,
 ) -> Family:
     return Family(
-        name, (name,), True, "model.", reads, writes, {**LAYOUT, **layout}, body,
+        name, (name,), True, "model.", reads, writes, {**LAYOUT, "activation": "swiglu", **layout}, body,
         heads={"text-generation": (Piece("head.linear.weight", ("lm_head.weight",)),)},
         ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", tied=False,
     )

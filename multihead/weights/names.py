@@ -130,6 +130,9 @@ class Family:
     body: Callable[[TransformerConfig], list[Piece]]
     heads: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     """Heads by the kind of task: pieces of which any may be there."""
+    square: bool = False
+    """Every head is d_model / num_heads wide and has keys and values of its own."""
+    activations: tuple[str, ...] = ("swiglu",)
     head_layout: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields that a head fixes beyond the family's layout."""
     ignored: str = r"(?!)"
@@ -143,6 +146,18 @@ class Family:
         """The heads whose arithmetic is ours with such a trunk."""
         return {task: pieces for task, pieces in self.heads.items()
                 if all(getattr(config, key) == value for key, value in self.head_layout.get(task, {}).items())}
+
+    def misfits(self, config: TransformerConfig, task: str) -> dict[str, Any]:
+        """Keys of `config` that this family cannot express, each with what it would have to be."""
+        wanted = {**self.layout, **self.head_layout.get(task, {})}
+        found = {key: value for key, value in wanted.items() if getattr(config, key) != value}
+        if config.activation not in self.activations:
+            found.setdefault("activation", " / ".join(self.activations))
+        if self.square and config.kv_heads != config.num_heads:
+            found["num_kv_heads"] = config.num_heads
+        if self.square and config.head_size * config.num_heads != config.d_model:
+            found["d_head"] = config.d_model // config.num_heads
+        return found
 
     def plain(self, name: str) -> str:
         """A tensor's name without the prefix, as it is called now."""

@@ -181,7 +181,7 @@ class Foreign(Origin):
 
     @functools.cached_property
     def _codec(self) -> ForeignCodec:
-        return ForeignCodec.open(self.path, self._values, self.vocab_size)
+        return ForeignCodec.open(self.path, self._values, self.vocab_size, self.family)
 
     def tensors(self) -> dict[str, Tensor]:
         loaded = self._load({name for piece in self._pieces for name in piece.theirs})
