@@ -183,9 +183,8 @@ class TextClassification(Task):
                                f"所有行的标签都是 '{only}'，没有可区分的类别。"
                                "列选对了吗？可用 data.columns.label 指定另一列"))
         self.counts = [*(counts[name] for name in self.labels.names), total]
-        origin = getattr(self, "origin", None)
-        if origin is not None:
-            self.codec = origin.codec()
+        if self.origin is not None:
+            self.codec = self.origin.codec()
         else:
             texts = (row["text"] for row in rows)
             self.codec = TextCodec.fit(texts, options.tokenizer, options.vocab_size, (*SPECIAL, "<mask>"))
