@@ -183,7 +183,7 @@ def deal(recipe: Recipe, task: Task, sources: Mapping[str, Rows], tick: Tick) ->
     for part, source in sources.items():
         group = data.split.group if part == "train" and data.split.by == "group" else None
         found = dealt[part] = count(source, task, tick, data.limit, group)
-        refuse_many(found.rejected, len(found.keys) + found.rejected_count, data.max_rejected, found.rejected_count)
+        refuse_many(found.rejected, source.count + found.rejected_count, data.max_rejected, found.rejected_count)
         refuse_none(found)
     later: list[np.ndarray] = []
     for part in ("test", "valid", "train"):
@@ -236,6 +236,11 @@ def _cut(dealt: Dealt, recipe: Recipe, wanted: Sequence[str]) -> None:
     shares = {part: getattr(split, part) for part in wanted if getattr(split, part) > 0}
     if not shares:
         return
+    if split.by in ("last", "time"):
+        raise UserError(tr(f"data.split.by={split.by} cuts each user's interactions, and the rows of this task are no "
+                           "interactions; use random, order or group",
+                           f"data.split.by={split.by} 用于切分每个用户的交互记录，而本任务的数据不是交互记录；"
+                           "请用 random、order 或 group"), names(dealt.rows))
     units = _units(dealt, kept, split.by, recipe.seed)
     sizes = np.bincount(units)
     if len(sizes) <= len(shares):

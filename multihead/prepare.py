@@ -116,7 +116,7 @@ def prepare(
     """
     tick = tick or (lambda rows: None)
     give_origin(recipe, task, folder)
-    sources = _open_all(recipe.data, task, folder.path)
+    sources = task.gather(_open_all(recipe.data, task, folder.path), recipe.data)
     dealt = deal(recipe, task, sources, tick)
     try:
         task.fit(PartRows(dealt["train"], "train"))
@@ -206,9 +206,9 @@ def read_part(
         UserError: as ``prepare`` does.
     """
     tick = tick or (lambda rows: None)
-    rows = _open(recipe.data, paths, task, base, known=True)
+    rows = task.gather({"test": _open(recipe.data, paths, task, base, known=True)}, recipe.data)["test"]
     dealt = count(rows, task, tick)
-    total, limit = len(dealt.keys) + dealt.rejected_count, recipe.data.max_rejected
+    total, limit = rows.count + dealt.rejected_count, recipe.data.max_rejected
     refuse_many(dealt.rejected, total, limit, dealt.rejected_count)
     refuse_none(dealt)
     store, faults, bad = _encode(task, PartRows(dealt, "train"), "test", folder, True, tick)
@@ -361,7 +361,7 @@ def _open_all(data: Data, task: Task, base: Path) -> dict[str, Rows]:
 
 def _open(data: Data, paths: Files, task: Task, base: Path, known: bool = False) -> Rows:
     """`known`: the files are not the recipe's own, whose names for columns are then but further names to look for."""
-    columns, mapping = list(task.columns), data.columns
+    columns, mapping = list(task.events or task.columns), data.columns
     if known:
         columns = [replace(c, names=(mapping.get(c.name, c.name), *c.names)) for c in columns]
         mapping = {ours: theirs for ours, theirs in mapping.items() if theirs.isdecimal()}

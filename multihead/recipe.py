@@ -24,6 +24,8 @@ from multihead.strict_yaml import Keys, Source
 from multihead.transformer.config import TransformerConfig
 
 PATHS = ("train", "valid", "test")
+OPTION_PATHS = ("items",)
+"""Keys of ``options:`` that name a file."""
 
 
 class Section(BaseModel):
@@ -40,8 +42,10 @@ class Split(Section):
 
     valid: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.1, ge=0, lt=1)
-    by: Literal["random", "order", "group"] = "random"
-    """random: by the recipe's seed. order: the last rows. group: rows of one group stay together."""
+    by: Literal["random", "order", "group", "last", "time"] = "random"
+    """random: by the recipe's seed. order: the last rows. group: rows of one group stay together. Of logs of
+    interactions also: last, each user's last two (leave-one-out; the shares only say whether there is such a part); and
+    time, what happened last."""
     group: str | None = None
     """The column that names a row's group."""
 
@@ -288,6 +292,10 @@ def _settle(source: Source, folder: Path, problems: list[Problem]) -> None:
         if name in values and values[name] is None:
             del values[name]
     task, data, model = values.get("task"), values.get("data"), values.get("model")
+    options = values.get("options")
+    for name in OPTION_PATHS:
+        if isinstance(options, dict) and isinstance(options.get(name), str):
+            options[name] = resolve(options[name], folder, problems, source.place(("options", name)))
     if isinstance(model, dict) and "from" in model:
         model["from"] = resolve(model["from"], folder, problems, source.place(("model", "from")))
     if isinstance(task, str) and task.endswith(".py"):

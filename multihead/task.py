@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +57,8 @@ class Task:
     """What it does, in English and Chinese, for ``multihead tasks``."""
     columns: ClassVar[tuple[Column, ...]] = ()
     """What a row holds; those marked ``target`` are learned, the others are inputs."""
+    events: tuple[Column, ...] = ()
+    """Where a line of the data is no row but an event (somebody's click), what an event holds; see ``gather``."""
     Options: ClassVar[type[Options]] = Options
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     """Values this task prefers in the sections ``data``, ``model``, ``train``; the recipe overrides them."""
@@ -84,6 +86,19 @@ class Task:
         return [column for column in self.columns if not column.target]
 
     # -- prepare ------------------------------------------------------------------------------------------------------
+
+    def gather(self, sources: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """What is in the files → rows of each part, before anything is dealt out. Default: a line is a row.
+
+        Where lines are ``events``, rows are made of several of them (a user's history), and a part may be cut out of
+        each (everybody's last click), which dealing whole rows out cannot do. What it gives stands where
+        `multihead.data.rows.Rows` stands and may be read as often; parts that it makes are dealt out as they are.
+
+        Args:
+            sources: part → rows of its files.
+            data: the recipe's ``data:`` section.
+        """
+        return dict(sources)
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
         """Learn codecs from the training rows (read as often as needed; never all in memory)."""

@@ -19,6 +19,7 @@ import yaml
 
 from multihead import evaluate, prepare, task
 from multihead import recipe as recipes
+from multihead.data import images
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint, device
 from multihead.train import Trainer, train
@@ -40,17 +41,37 @@ WORDS = [
     "价格",
     "位置",
 ]
+ITEMS = 40
 
 
 def value(kind: str, rng: np.random.Generator, i: int) -> Any:
-    """A value for a column of `kind`: text, label, labels, id or number."""
+    """A value for a column of `kind`: text, label, labels, id, ids, time, image or number."""
     if kind == "text":
         return "".join(rng.choice(WORDS, size=int(rng.integers(20, 60)))) + str(i)
     if kind == "label":
         return ["好", "bad", "无所谓"][i % 3]
     if kind == "labels":
         return sorted({["a", "b", "c"][i % 3], ["a", "b", "c"][(i // 3) % 3]})
+    if kind == "ids":
+        return [str(n) for n in rng.integers(ITEMS, size=int(rng.integers(1, 5)))]
+    if kind == "time":
+        return 1_700_000_000 + i
+    if kind == "image":
+        grey = rng.integers(256, size=(20, 16), dtype=np.uint8)
+        grey[:, : i % 3 * 5] = 0  # so that labels, which come by threes, can be told apart
+        return images.to_uri(b"P5 16 20 255\n" + grey.tobytes())[0]
     return str(i) if kind == "id" else float(rng.normal())
+
+
+def sample_lines(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """What a file of the task's data holds: its rows, or where rows are gathered from events, events of some users."""
+    if not kind.events:
+        return sample_rows(kind, count, seed)
+    rng = np.random.default_rng(seed)
+    lines = [{column.name: value(column.kind, rng, i) for column in kind.events} for i in range(count)]
+    for i, line in enumerate(lines):
+        line |= {"user": str(i % 12), "item": str(rng.integers(ITEMS))}
+    return lines
 
 
 def sample_rows(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -74,7 +95,7 @@ class Contract:
     @pytest.fixture
     def recipe_path(self, tmp_path: Path) -> Path:
         """A tiny recipe of the task on rows made up from its columns: the shipped one's sizes where there is one."""
-        rows = sample_rows(task.find(self.name), 60)
+        rows = sample_lines(task.find(self.name), 60)
         data = tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         shipped = TINY / f"{self.name}.yaml"

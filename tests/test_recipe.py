@@ -270,7 +270,7 @@ def test_faults_of_options_the_base_and_the_command_line_have_their_own_places(t
     ("train.betas=[0.9, 0.9, 0.9]", "2 values"), ("train.threads=0", "≥ 1"),
     ("train.device=gpu", "auto, cpu, cuda"), ("train.warmup=-1", "≥ 0"),
     ("train.early_stop={patience: 0}", "≥ 1"), ("model.num_heads=7", "does not divide"),
-    ("model.dropout=.inf", "finite"), ("data.split.by=alphabet", "'random', 'order' or 'group'"),
+    ("model.dropout=.inf", "finite"), ("data.split.by=alphabet", "'random', 'order', 'group', 'last' or 'time'"),
     ("data.split.by=group", "needs `group:`"), ("data.split.group=user", "write `by: group`"),
     ("data.split={valid: 0.5, test: 0.5}", "leave nothing"), ("data.train=", "text or a list"),
     ("data.train='  '", "empty path"), ("data=[]", "section of keys"), ("name=.", "dot"),

@@ -137,7 +137,8 @@ def read_lists(source: Source, form: Format, encoding: str | None) -> Iterator[R
             head = {"user": words[0]} if named else {"line": str(number)}
             yield Record(number, {**head, "item": words[named:]})
         elif words:
-            yield Record(number, {}, tr(f"there is a user, '{words[0]}', and no item", f"只有用户“{words[0]}”，没有物品"))
+            yield Record(number, {}, tr(f"there is a user, '{words[0]}', and no item",
+                                        f"只有用户“{words[0]}”，没有物品"))
 
 
 def not_object(value: Any) -> str:

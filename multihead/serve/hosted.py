@@ -319,6 +319,10 @@ def value_fault(column: Column, value: Any, blank: bool = False) -> str:
         return "" if blank or value.strip() else tr("is empty", "内容为空")
     if kind == "number":
         return "" if number and math.isfinite(value) else tr("must be a number", "应是数字")
+    if kind == "ids":
+        parts = value if isinstance(value, list) else [value]
+        good = all(isinstance(v, (str, int)) and not isinstance(v, bool) for v in parts)
+        return "" if good else tr("must be a list of ids", "应是编号的列表")
     if kind == "labels":
         good = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return "" if good else tr("must be a list of texts", "应是文本的列表")

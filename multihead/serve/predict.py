@@ -44,6 +44,7 @@ def shape(hosted: Hosted) -> dict[str, Any]:
         "text": {"type": "string"} if hosted.engine else {"type": "string", "pattern": r"\S"},
         "number": {"type": "number"},
         "labels": {"type": "array", "items": {"type": "string"}},
+        "ids": {"type": "array", "items": {"type": ["string", "integer"]}},
     }
     columns = hosted.task.inputs()
     return {
