@@ -171,10 +171,13 @@ def evaluate(
         print(json.dumps(found, ensure_ascii=False))
 
 
-@app.command(help=tr("answers to texts, or to the rows of a file", "对命令行上的文本或文件中的每一行作出回答"))
+@app.command(help=tr("answers to texts, to pictures, or to the rows of a file",
+                     "对命令行上的文本、图片或文件中的每一行作出回答"))
 def predict(
     run: RunPath,
-    inputs: Annotated[list[str] | None, _argument("INPUT", "texts to answer", "要回答的文本")] = None,
+    inputs: Annotated[list[str] | None, _argument(
+        "INPUT", "texts to answer; for pictures: files, folders, globs",
+        "要回答的文本；图片任务为文件、文件夹或通配符")] = None,
     file: Annotated[Path | None, _option(
         "--file", "rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt", "FILE")] = None,
     out: Annotated[Path | None, _option(
@@ -184,7 +187,7 @@ def predict(
     device: Device = "auto",
 ) -> None:
     from multihead.build import open_run
-    from multihead.predict import predict_file
+    from multihead.predict import predict_file, predict_pictures
 
     if bool(inputs) == (file is not None):
         raise UserError(tr("give texts, or --file with rows: one of the two",
@@ -199,6 +202,10 @@ def predict(
     if file is not None and out is not None:
         count = predict_file(opened, file, out, wishes)
         _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"), markup=False)
+        return
+    if any(column.kind == "image" for column in opened.task.inputs()):
+        for where, answer in predict_pictures(opened, inputs or [], wishes):
+            print(json.dumps({"file": where, **answer}, ensure_ascii=False))
         return
     for answer in opened.predict(inputs or [], **wishes):
         print(json.dumps(answer, ensure_ascii=False))

@@ -6,7 +6,7 @@ A row takes the road it took in training (`Task.request`, the column's form, `Ta
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -156,11 +156,32 @@ def predict_file(
     ):
         # The same file read in step with the answers: a row is needed again for its line, and chunks keep both near.
         for row, answer in zip(rows, predict(run, rows, ask, precision), strict=True):
-            line = {"where": row.where, "input": dict(row), "answer": answer}
+            line = {"where": row.where, "input": without_pictures(run.task, row), "answer": answer}
             target.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
             made += 1
             tick(1)
     return made
+
+
+def predict_pictures(
+    run: Any, inputs: Sequence[str], ask: Mapping[str, Any] | None = None, progress: bool = True
+) -> Iterator[tuple[str, Answer]]:
+    """(place, answer) of every picture that `inputs` name: files, folders and globs, also archives and tables of them.
+
+    Raises:
+        UserError: with the place of every picture that cannot be read, before the first answer is made.
+    """
+    columns = [column for column in run.task.inputs() if column.required]
+    rows = FileRows(Path(inputs[0]), open_rows(list(inputs), columns, base=Path.cwd()), columns[0].name)
+    _check(run.task, rows, progress)
+    for row, answer in zip(rows, predict(run, rows, ask), strict=True):
+        yield row.where, answer
+
+
+def without_pictures(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is written beside its answer: a picture's place says enough."""
+    pictures = {column.name for column in task.columns if column.kind == "image"}
+    return {name: value for name, value in row.items() if name not in pictures}
 
 
 def _check(task: Task, rows: FileRows, progress: bool) -> int:

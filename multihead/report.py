@@ -154,6 +154,8 @@ def _context(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any]) ->
         "samples": figures.get("samples") or [],
         "confusion": charts.confusion(matrix["labels"], matrix["matrix"]) if len(matrix["labels"]) <= LABELS else "",
         "confused": confused(matrix["labels"], matrix["matrix"]),
+        "pairs": [pair for pair in figures.get("pairs") or [] if any(pair["pictures"])],
+        "illustrated": any(one.get("picture") for one in figures.get("mistakes") or []),
         "calibration": charts.reliability(calibration["confidence"], calibration["accuracy"], calibration["count"]),
         "wide": len(matrix["labels"]) > charts.WIDE,
         "classes": list(figures.get("classes") or [])[:CLASSES],
@@ -179,6 +181,7 @@ def _mistake(one: Mapping[str, Any]) -> dict[str, Any]:
     short = charts.clip(words, 320)
     score = one.get("score")
     return {
+        "picture": one.get("picture") or "",
         "text": words,
         "short": short,
         "rest": short != words,

@@ -17,7 +17,7 @@ from multihead.data.files import Paths, Source, find_sources, read_head
 from multihead.data.formats import Format, Record
 from multihead.data.images import Files, Found, Idx
 from multihead.data.rows import FileOf, Rows, _look, _records
-from multihead.data.sniff import Wanted
+from multihead.data.sniff import Wanted, sniff
 from multihead.errors import Problem, UserError, tr
 
 _TABLES = 8  # members of an archive that are tried as its table
@@ -154,14 +154,12 @@ def _pictures(found: Files | Idx | Archive, wanted: Wanted) -> FileOf:
 
 
 def _look_table(source: Source, wanted: Wanted) -> FileOf:
-    file = _look(source, wanted)
-    if file.form.name == "txt":
-        image, _ = _columns(wanted)
-        raise UserError(tr(f"this is plain text, and the task needs '{image.name}', a picture: give a folder of "
-                           "pictures, an archive of them, or a table with their paths",
-                           f"这是纯文本，而任务需要“{image.name}”（图片）：请提供图片文件夹、图片压缩包，"
-                           "或含图片路径的表格"), source.name)
-    return file
+    if sniff(source, wanted).name == "txt":
+        reason = images.no_picture(read_head(source, images.HEAD)[0])
+        raise UserError(tr(f"{reason}. It is no table either: data are a folder of pictures, an archive of them, or a "
+                           "table with their paths",
+                           f"{reason}。它也不是表格：数据应是图片文件夹、图片压缩包，或含图片路径的表格"), source.name)
+    return _look(source, wanted)
 
 
 def _look_archive(source: Source, wanted: Wanted) -> FileOf:
