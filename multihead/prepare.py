@@ -221,7 +221,8 @@ def describe(task: Task, store: Store) -> dict[str, Any]:
     if not len(store):
         return {"rows": 0}
     found: dict[str, Any] = {"rows": len(store)}
-    ragged = next((key for key in store.keys if store[0][key].ndim), None)
+    # An array of more than two axes is a picture and no sequence.
+    ragged = next((key for key in store.keys if 0 < store[0][key].ndim < 3), None)
     if ragged is not None:
         lengths = store.lengths(ragged)
         counts, edges = np.histogram(lengths, bins=min(30, max(1, int(lengths.max() - lengths.min()))))
@@ -383,7 +384,7 @@ def _encode(
         for row in rows:
             try:
                 task.check(row, part)
-                writer.add(task.encode(row), row if keep_rows else None)
+                writer.add(task.encode(row), task.kept(row) if keep_rows else None)
             except UserError as error:
                 bad += 1
                 if len(faults) < FAULTS:

@@ -114,6 +114,10 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__}.encode")
 
+    def kept(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is stored of a raw row beside its encoding, for metrics and reports. Default: all of it."""
+        return row
+
     def examples(self, store: Any, part: str) -> Sequence[Example]:
         """What one training example is. Default: one row. Language modelling cuts windows from the stream instead.
 
