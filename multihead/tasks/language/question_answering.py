@@ -82,7 +82,10 @@ class QuestionAnswering(Task):
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         # Several questions share a passage: dealt at random, passages that are tested on would be trained on.
         "data": {"split": {"valid": 0.1, "test": 0.1, "by": "group", "group": "context"}},
-        "model": {"d_model": 192, "num_layers": 4, "num_heads": 6, "max_length": 512, "dropout": 0.1},
+        "model": {
+            "d_model": 128, "num_layers": 4, "num_heads": 4, "norm": "layernorm", "activation": "relu2",
+            "ngrams": [2, 3], "ngram_buckets": 32768, "max_length": 512,
+        },
         "train": {"steps": 1500, "batch_size": 16},
     }
 
@@ -93,7 +96,7 @@ class QuestionAnswering(Task):
         vocab_size: int = Field(8000, ge=260)
         """Most tokens; rarer characters count as unknown.
         词元数上限；更罕见的字符视为未知。"""
-        max_tokens: int = Field(384, ge=16)
+        max_tokens: int = Field(256, ge=16)
         """Tokens of one window: the question and a part of the passage.
         一个窗口的词元数：问题加上段落的一部分。"""
         stride: int = Field(128, ge=1)
