@@ -96,7 +96,9 @@ def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[
         lines += _section(kind.Options, {}, list(kind.Options.model_fields))
     preferred = kind.defaults.get("model", {})
     shape = {**{name: getattr(TransformerConfig(), name) for name in SHAPE}, **preferred}
-    lines += ["", "model:"]
+    lines += ["", "model:", "  # from: runs/pretrained  # " + tr(
+        "start from the weights of a run or of a Hugging Face folder; sizes come from there, so remove those below",
+        "从一次训练或 Hugging Face 文件夹的权重开始；尺寸由其决定，请删去下面的尺寸")]
     lines += [_line(name, value, tr(*MODEL[name]) if name in MODEL else "") for name, value in shape.items()]
     trained = kind.defaults.get("train", {})
     lines += ["", "train:"]

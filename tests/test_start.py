@@ -16,9 +16,11 @@ from multihead import build, prepare, task
 from multihead import recipe as recipes
 from multihead.build import Run, open_run
 from multihead.errors import UserError
+from multihead.generation.seq2seq import EncoderDecoder
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint
 from multihead.train import Trainer, train
+from multihead.weights import open_origin
 
 GOOD, BAD = "房间干净，服务很好。", "太吵了，早餐也很差。"
 TRAIN = {"steps": 6, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "threads": 1, "lr": 1e-3,
@@ -32,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     rows = [{"text": f"{i}{GOOD if i % 2 else BAD}{i * 7}", "label": "好" if i % 2 else "差"} for i in range(60)]
     (home / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    shape = {"d_model": 16, "num_layers": 2, "num_heads": 2, "max_length": 64}
+    shape = {"d_model": 16, "num_layers": 2, "num_heads": 2, "max_length": 64, "activation": "gelu", "ngrams": []}
     for name, kind in (("encoder", "fill-mask"), ("decoder", "text-generation")):
         options = {"context": 24} | ({"tokenizer": "char"} if name == "decoder" else {})
         path = written(home / f"{name}.yaml", task=kind, options=options, model=shape)
@@ -76,7 +78,7 @@ def trainer(path: Path, where: Path, *overrides: str) -> Trainer:
 def test_sizes_come_from_the_origin_and_not_from_the_tasks_defaults(home: Path) -> None:
     model = load(classifier(home)).model
     assert (model.d_model, model.num_layers, model.num_heads, model.max_length) == (16, 2, 2, 64)
-    assert model.ngrams == () and model.activation == "relu2"  # fill-mask's, where text-classification has n-grams
+    assert model.ngrams == () and model.activation == "gelu"
     assert model.from_ == str(home / "encoder") and model.lora is None
 
 
@@ -163,6 +165,21 @@ def test_a_head_that_fits_is_taken_too(home: Path, tmp_path: Path) -> None:
     saved, _ = checkpoint.latest(tmp_path / "run")
     assert saved is not None and saved.step == 0 and saved.meta["done"]
     train(path, ["train.steps=0"], run=tmp_path / "run", progress=False)  # is already trained
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_of_an_encoder_decoder_the_reading_side_starts_from_an_encoder(home: Path, shared: bool) -> None:
+    origin = open_origin(home / "encoder")
+    tensors = origin.tensors()
+    model = EncoderDecoder(load(classifier(home)).model, origin.vocab_size, shared=shared)
+    told = str(build.take(model, origin))
+    assert torch.equal(model.source.token.weight, tensors["input.token.weight"])
+    name = "blocks.1.attention.qkv.weight"
+    assert torch.equal(model.encoder.state_dict()[name], tensors[f"trunk.{name}"])
+    assert not torch.equal(model.decoder.state_dict()[name], tensors[f"trunk.{name}"])
+    assert "source " in told and "encoder " in told and "new: " in told and "decoder " in told
+    with pytest.raises(UserError, match="both directions"):
+        build.take(model, open_origin(home / "decoder"))
 
 
 def test_directions_and_shapes_that_do_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
