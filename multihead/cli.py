@@ -75,7 +75,7 @@ def tasks() -> None:
         table.add_column(head)
     for name in task.names():
         found = task.find(name)
-        columns = ", ".join(c.name if c.required else f"[{c.name}]" for c in found.columns)
+        columns = ", ".join(c.name if c.required else f"[{c.name}]" for c in found.events or found.columns)
         table.add_row(found.field, name, tr(*found.title), columns.replace("[", r"\["))
     _console().print(table)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from multihead import recipe as recipes
 from multihead import strict_yaml
 from multihead import task as tasks
+from multihead.data.aligned import named_files
 from multihead.data.rows import open_rows
 from multihead.errors import UserError, language, tr
 from multihead.run import replacing
@@ -55,10 +56,16 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
         task = os.path.join(".", _relative(task, out.parent))
     else:
         kind = tasks.find(task)
-    rows = open_rows(list(data), kind.columns, base=Path())
+    rows = open_rows(list(data), kind.events or kind.columns, base=Path())
     mapping = next(iter(rows.guess["files"]))["mapping"]
     columns = {ours: theirs for ours, theirs in mapping.items() if theirs}
-    text = _compose(task, kind, [_relative(item, out.parent) for item in data], columns, out)
+    named = named_files(data, kind.columns)
+    files: Any = [_relative(item, out.parent) for item in data]
+    if named is not None:
+        files = {column: _relative(item, out.parent) for column, item in named.items()}
+    elif len(files) == 1:
+        files = files[0]
+    text = _compose(task, kind, files, columns, out)
     with replacing(out) as part:
         part.write_text(text, encoding="utf-8")
         recipes.load(part, find=tasks.find)  # what is written must be a recipe
@@ -74,7 +81,7 @@ def _relative(item: str, folder: Path) -> str:
         return path
 
 
-def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[str, str], out: Path) -> str:
+def _compose(task: str, kind: type[tasks.Task], files: Any, columns: dict[str, str], out: Path) -> str:
     lines = [
         f"# {tr(*kind.title)}",
         f"# multihead train {_line_of(shlex.quote(str(out)))}",
@@ -83,14 +90,15 @@ def _compose(task: str, kind: type[tasks.Task], files: list[str], columns: dict[
         f"seed: 0                  # {tr('same seed, same split, same weights', '相同的种子得到相同的划分和权重')}",
         "",
         "data:",
-        f"  train: {_value(files[0] if len(files) == 1 else files)}",
+        f"  train: {_value(files)}",
         "  # valid: " + tr("a file of its own instead of a part of train; likewise test",
                            "单独的验证文件，代替从 train 划分；test 同理"),
     ]
     if columns:
         lines.append(f"  columns: {_value(columns)}  # {tr('ours: the file’s', '我们的列：文件中的列')}")
+    cuts = " | last | time" if kind.events else ""
     split = {"valid": 0.1, "test": 0.1, "by": "random"} | kind.defaults.get("data", {}).get("split", {})
-    lines.append(f"  split: {_value(split)}  # by: random | order | group")
+    lines.append(f"  split: {_value(split)}  # by: random | order | group{cuts}")
     if kind.Options.model_fields:
         lines += ["", "options:"]
         lines += _section(kind.Options, {}, list(kind.Options.model_fields))

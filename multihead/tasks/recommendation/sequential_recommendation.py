@@ -118,7 +118,7 @@ class SequentialRecommendation(Task):
         "data": {"split": {"by": "last"}},
         "model": {
             "d_model": 64, "num_layers": 2, "num_heads": 2, "max_length": 50, "dropout": 0.3, "norm": "layernorm",
-            "activation": "gelu", "positions": "learned",
+            "activation": "gelu", "positions": "rotary",
         },
         "train": {"steps": 4000, "batch_size": 128, "weight_decay": 0.01},
     }
@@ -258,7 +258,7 @@ class SequentialRecommendation(Task):
         chosen = np.concatenate((store.stream("history"), target[target >= 0]))
         counts = np.sort(np.bincount(chosen, minlength=len(self.codec)))[::-1]
         shares = {}
-        for percent in (1, 5, 10, 20, 50, 100):
+        for percent in (1, 10, 50):
             n = max(1, round(len(counts) * percent / 100))
             shares[f"{n:,} ({percent} %)"] = int(counts[:n].sum())
         return {"interactions": len(chosen), "items": int((counts > 0).sum()), "unknown_next": int((target < 0).sum()),
