@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from multihead import recipe as recipes
+from multihead.codec.text import LabelCodec
 from multihead.data.store import Store
 from multihead.errors import Problem, UserError, tr
 from multihead.prepare import make_task
@@ -47,7 +48,9 @@ def training_model(task: Task, recipe: Recipe, fresh: bool = True) -> tuple[nn.M
         UserError: where the origin's weights do not fit.
     """
     model = make_model(task, recipe)
-    taken = take(model, task.origin) if fresh and task.origin is not None else None
+    taken = None
+    if fresh and task.origin is not None:
+        taken = take(model, task.origin, [] if same_classes(task) else ["head.linear.", "wide."])
     if recipe.model.lora is not None:
         wish, places = recipe.model.lora, body(model)
         with torch.random.fork_rng(devices=[]):
@@ -93,10 +96,17 @@ def body(model: nn.Module) -> dict[str, str]:
         "这个任务的模型没有 `input` 与 `trunk`（或 `source` 与 `encoder`），无法放入 `model.from` 的权重"))
 
 
-def take(model: nn.Module, origin: Any) -> Taken:
+def same_classes(task: Task) -> bool:
+    """Whether the origin's classes, if it has any, are the task's own in the same order."""
+    labels = getattr(task, "labels", None)
+    return not isinstance(labels, LabelCodec) or task.origin.labels == labels.names
+
+
+def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:
     """Copy into `model` every tensor of the origin that has a place there.
 
-    Input and trunk must fit whole; of the heads, what has the same name and shape is taken and the rest stays new.
+    Input and trunk must fit whole; of the heads, what has the same name and shape is taken and the rest stays new, as
+    does what begins with one of `new`.
 
     Raises:
         UserError: naming every tensor of input and trunk that is missing or of another shape; or where one side reads
@@ -110,7 +120,8 @@ def take(model: nn.Module, origin: Any) -> Taken:
         given[f"{places.get(part, part)}{dot}{rest}"] = tensor
     own, alias = checkpoint.aliases(model)
     _untie(own, alias, given, path)
-    fits = {name: name in given and given[name].shape == value.shape for name, value in own.items()}
+    fits = {name: name in given and given[name].shape == value.shape and not name.startswith(tuple(new))
+            for name, value in own.items()}
     inside = tuple(f"{name}." for name in places.values())
     problems = [Problem(_misfit(name, own[name], given.get(name)), path)
                 for name, fit in fits.items() if not fit and name.startswith(inside)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multihead import strict_yaml
 from multihead.codec.foreign import ForeignCodec, read_json
-from multihead.codec.text import TextCodec
+from multihead.codec.text import LABELS_FILE, LabelCodec, TextCodec
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.run import RECIPE, RunFolder
 from multihead.runtime.checkpoint import load_weights
@@ -134,6 +134,8 @@ class Own(Origin):
                 f"this run of {values.get('task')} has no token embedding and trunk that another task could start from",
                 f"这次 {values.get('task')} 的训练没有可供其他任务使用的词嵌入与主干网络"), str(folder))
         self.vocab_size = self._headers["input.token.weight"].shape[0]
+        labels = folder / "codec" / LABELS_FILE
+        self.labels = LabelCodec.load(labels.parent).names if labels.is_file() else None
 
     def files(self) -> list[Path]:
         codec = sorted(p for p in (self.path / "codec").rglob("*") if p.is_file())

@@ -144,8 +144,8 @@ def test_there_and_back_the_bits_are_the_same(name: str, tmp_path: Path) -> None
     make, names = KINDS[tokens]
     tokenizer = make()
     more: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size() + 3}
-    if head == "SequenceClassification":
-        more |= {"id2label": {0: "bad", 1: "好"}, "label2id": {"bad": 0, "好": 1}}
+    if head == "SequenceClassification":  # not in the order that our own codec would choose
+        more |= {"id2label": {0: "好", 1: "bad"}, "label2id": {"好": 0, "bad": 1}}
     if head:
         model = peers.peer(peers.ENCODERS[kind][0], head, **{**peers.ENCODERS[kind][1], **more})
     else:
@@ -167,6 +167,17 @@ def test_there_and_back_the_bits_are_the_same(name: str, tmp_path: Path) -> None
     if tokens == "qwen":
         talk = [{"role": "user", "content": "hi"}]
         assert ours.apply_chat_template(talk, tokenize=False) == peer.apply_chat_template(talk, tokenize=False)
+
+
+def test_a_head_for_other_classes_stays_behind(tmp_path: Path) -> None:
+    make, names = KINDS["bert"]
+    kind, shape = peers.ENCODERS["bert"]
+    model = peers.peer(kind, "SequenceClassification", **{**shape, "vocab_size": 130}, id2label={0: "x", 1: "y"})
+    there = peers.write(tmp_path / "there", model, make(), **names)
+    run = trained(tmp_path / "work", "text-classification", {"from": str(there)}, CLASSES, steps=0)
+    weights = run.model.state_dict()
+    assert torch.equal(weights["head.pooler.weight"], model.bert.pooler.dense.weight)
+    assert not torch.equal(weights["head.linear.weight"], model.classifier.weight)
 
 
 @pytest.mark.parametrize("task, model, options, told", [

@@ -176,6 +176,8 @@ class TextClassification(Task):
             total += 1
             counts.update(row["label"] if options.multiple else [row["label"]])
         self.labels = LabelCodec.fit(counts)
+        if self.origin is not None and set(self.origin.labels or ()) == set(self.labels.names):
+            self.labels = LabelCodec(self.origin.labels)  # in its order, so that its head can be taken
         if len(self.labels) < 2 and not options.multiple:
             only = self.labels.names[0]
             raise UserError(tr(f"all rows have the same label, '{only}'; there is nothing to tell apart. "
