@@ -365,11 +365,13 @@ class FillMask(Task):
 
     def sample(self, row: dict[str, Any]) -> dict[str, Any]:
         """The beginning of a text with a word in its middle hidden."""
-        ids = self.codec.encode(self._text(row))[:TRY].tolist()
-        plain = [i for i, token in enumerate(ids) if self._spell(token).strip().isalpha()]
-        at = min(plain, key=lambda i: abs(i - len(ids) // 2)) if plain else len(ids) // 2
-        gap = " <mask>" if ids and self._spell(ids[at]).startswith(" ") else "<mask>"
-        return {"text": self.codec.decode(ids[:at]) + gap + self.codec.decode(ids[at + 1 :])}
+        text = self._text(row)
+        ids, spans = (part[:TRY] for part in self.codec.spans(text))
+        if not len(ids):
+            return {"text": "<mask>"}
+        plain = [i for i, token in enumerate(ids) if self._spell(token).strip().isalpha()] or [len(ids) // 2]
+        start, end = spans[min(plain, key=lambda i: abs(i - len(ids) // 2))]
+        return {"text": text[:start] + "<mask>" + text[end : spans[-1, 1]]}
 
     def embed(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean of the trunk's vectors over all positions, scaled to length 1: (B, D). A text longer than the
