@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from multihead import build
 from multihead.runtime import adapter
+from multihead.train import train
 from multihead.transformer import lora
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.trunk import Trunk
 from multihead.weights import open_origin
+from tests.weights import peers
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'multihead[dev]'")
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'multihead[dev]'")
@@ -71,6 +73,28 @@ def test_peft_loads_it_and_says_the_same(kind: str, targets: list[str], tmp_path
 
 def hidden(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+
+
+def test_a_run_from_bert_serves_what_peft_computes_over_the_folder(tmp_path: Path) -> None:
+    base = peers.write(tmp_path / "base", peers.peer("Bert", "Model", **peers.ENCODERS["bert"][1]), peers.word_piece())
+    rows = [{"text": text, "label": str(i % 2)} for i, text in enumerate(peers.TEXTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    recipe = {
+        "task": "text-classification", "name": "r", "data": {"train": "rows.jsonl", "deduplicate": False},
+        "options": {"wide": [], "guess": 0, "hidden": 0, "pool": "mean", "max_tokens": 24},
+        "model": {"from": "base", "lora": {"rank": 2, "targets": ["attention", "feed_forward"]}},
+        "train": {"steps": 8, "batch_size": 8, "lr": 0.05, "threads": 1, "precision": "float32", "ema": None},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe), "utf-8")
+    run = train(tmp_path / "r.yaml", run=tmp_path / "run", progress=False)
+    theirs = transformers.AutoModel.from_pretrained(base).eval()
+    ids = torch.from_numpy(run.task.encode({"text": peers.TEXTS[0]})["ids"]).long()[None]
+    assert ids[0, 0] == 2 and ids[0, -1] == 3  # framed by [CLS] and [SEP]
+    with torch.no_grad():
+        before = theirs(ids).last_hidden_state
+        after = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "run" / "adapter")).eval()(ids).last_hidden_state
+        torch.testing.assert_close(run.model.trunk(run.model.input(ids)), after, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
+    assert (after - before).abs().max() > 0.05
 
 
 def test_weights_of_our_own_keep_our_names(tmp_path: Path) -> None:
