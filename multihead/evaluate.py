@@ -199,11 +199,13 @@ def evaluate(
         metrics = _intervals(task, replies, rows, settings, run.recipe.seed)
         figures = dict(task.figures(replies, rows))
         figures.setdefault("samples", _samples(run, store))
+        signatures = {"signatures": figures["signatures"]} if "signatures" in figures else {}
         result: dict[str, Any] = {
             "metrics": metrics,
             "confidence": settings.confidence,
             "rows": len(store),
             "examples": len(examples),
+            **signatures,
             **about,
             "model": file_hash(run.folder.file(WEIGHTS)),
             "parameters": sum(p.numel() for p in run.model.parameters()),

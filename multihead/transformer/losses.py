@@ -28,7 +28,8 @@ class VocabularyLoss(torch.autograd.Function):
     ) -> Tensor:
         V, sure = len(weight_VD), 1 - smoothing
         needed = any(ctx.needs_input_grad[:2])
-        x, weight, wide_ND = x_ND.to(dtype), weight_VD.to(dtype), x_ND.float()
+        x, weight = x_ND.to(dtype), weight_VD.to(dtype)
+        wide_ND = x_ND.to(weight_VD.dtype)
         row_ND, all_D = weight_VD[target_N], weight_VD.sum(0)
         right_N = (wide_ND * row_ND).sum(1)
         grad_x_ND = row_ND * -sure - all_D * (smoothing / V)
@@ -39,11 +40,12 @@ class VocabularyLoss(torch.autograd.Function):
             at = slice(i, i + size)
             logits_CV = F.linear(x[at], weight)
             if not needed:
-                total_N[at] = logits_CV.float().logsumexp(1)
+                total_N[at] = logits_CV.to(total_N.dtype).logsumexp(1)
                 continue
             share_CV = logits_CV.softmax(-1)
-            known_C1 = share_CV.gather(1, target_N[at, None]).float().clamp(min=1e-30).log()
-            total_N[at] = (logits_CV.gather(1, target_N[at, None]).float() - known_C1)[:, 0]
+            target_C1 = target_N[at, None]
+            known_C1 = share_CV.gather(1, target_C1).to(total_N.dtype).clamp(min=1e-30).log()
+            total_N[at] = (logits_CV.gather(1, target_C1).to(total_N.dtype) - known_C1)[:, 0]
             grad_x_ND[at] += share_CV @ weight
             grad_weight_VD += share_CV.T @ x[at]
         if needed:

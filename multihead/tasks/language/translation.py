@@ -218,7 +218,8 @@ class Translation(Task):
         x_BTD = model.states(batch["ids"].long(), target_BT[:, :-1])
         rows = zip(x_BTD, target_BT[:, 1:], (batch["target_lengths"] - 1).tolist(), strict=True)
         weight = model.head.linear.weight
-        return [(float(vocabulary_loss(x_TD[:n], weight, wanted_T[:n])), n) for x_TD, wanted_T, n in rows]
+        with torch.no_grad():
+            return [(float(vocabulary_loss(x_TD[:n], weight, wanted_T[:n])), n) for x_TD, wanted_T, n in rows]
 
     def _scores(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> TranslationScores:
         return TranslationScores([a["text"] for a in answers], [row["target"] for row in rows])
