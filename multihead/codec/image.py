@@ -11,6 +11,7 @@ import io
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ def pillow() -> Any:
     except ImportError:
         raise UserError(tr("pictures need pillow: pip install 'multihead[vision]'",
                            "处理图片需要 pillow：pip install 'multihead[vision]'")) from None
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is said once, by us
     return Image, ImageOps
 
 

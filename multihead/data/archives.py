@@ -84,7 +84,7 @@ class _Chunks(io.RawIOBase):
     """The bytes of a source as a file that is read once, forwards."""
 
     def __init__(self, source: Source) -> None:
-        self._chunks, self._held = read_chunks(source), b""
+        self._chunks, self._held, self.last = read_chunks(source), b"", b""
 
     def readable(self) -> bool:
         return True
@@ -96,18 +96,31 @@ class _Chunks(io.RawIOBase):
             except StopIteration:
                 return 0
         count = min(len(buffer), len(self._held))
+        self.last = (self.last + self._held[max(0, count - 512) : count])[-512:]
         buffer[:count], self._held = self._held[:count], self._held[count:]
         return count
 
 
 def _tar(source: Source, most: int) -> Iterator[tuple[str, bytes | None]]:
+    chunks = _Chunks(source)
     try:
-        with tarfile.open(fileobj=io.BufferedReader(_Chunks(source), 1 << 18), mode="r|") as archive:
+        file = io.BufferedReader(chunks, 1 << 18)
+        with tarfile.open(fileobj=file, mode="r|") as archive:
             for info in archive:
                 name = _checked(info.name, source)
                 if not info.isreg():
                     continue
-                file = archive.extractfile(info)
-                yield name, None if info.size > most or file is None else file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                member = archive.extractfile(info)
+                content = None if info.size > most or member is None else member.read()
+                if content is not None and len(content) != info.size:
+                    raise EOFError(name)
+                yield name, content
+        while file.read(1 << 18):
+            pass
+        if chunks.last.strip(b"\0"):  # a whole archive ends with empty blocks
+            raise EOFError("…")
+    except EOFError:
+        raise UserError(tr("this archive ends too early: it was not copied whole; fetch it again",
+                           "这个压缩包不完整（提前结束）；请重新获取"), source.name) from None
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise _damaged(source, error) from None
