@@ -81,6 +81,8 @@ train:
   minutes: {minutes:g}
   steps: 100000
   batch_size: 32
+  optimizer: adamw
+  lr: 0.001
 """
 SHARE = 0.55
 """Of the time for training, that for guessing hidden words."""
