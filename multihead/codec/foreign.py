@@ -107,9 +107,9 @@ class ForeignCodec(TextCodec):
         self.chat_template = chat_template
         self._table: dict[int, bytes] = {}  # type: ignore[assignment]
         self._parsing: Tokenizer | None = None
-        held = json.loads(tokenizer.to_str())
-        self._byte_level = (held.get("decoder") or {}).get("type") == "ByteLevel"
-        self._byte_fallback = "ByteFallback" in json.dumps(held.get("decoder"))
+        decoder = b"{}" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+        self._byte_level = json.loads(decoder).get("type") == "ByteLevel"
+        self._byte_fallback = b"ByteFallback" in decoder
 
     @classmethod
     def open(
@@ -132,7 +132,9 @@ class ForeignCodec(TextCodec):
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) writes one",
                 "没有 tokenizer.json，只支持这种形式。可用 transformers 库生成："
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"), str(folder))
-        read_json(path, MOST_BYTES)
+        if (held := path.stat().st_size) > MOST_BYTES:
+            raise UserError(tr(f"has {held:,} bytes; at most {MOST_BYTES:,} are read",
+                               f"有 {held:,} 字节，至多读取 {MOST_BYTES:,} 字节"), str(path))
         tokenizer = parse(_read(path), path)
         most = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if most > size:

@@ -216,7 +216,7 @@ def test_templates_that_fail(template: str, told: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("damage, told", [
     (lambda p: (p / "tokenizer.json").unlink(), "save_pretrained"),
-    (lambda p: (p / "tokenizer.json").write_text("[1, 2"), "JSON"),
+    (lambda p: (p / "tokenizer.json").write_text("[1, 2"), "tokenizers"),
     (lambda p: (p / "tokenizer.json").write_text('{"version": "1.0"}'), "tokenizers"),
     (lambda p: (p / "tokenizer_config.json").write_text('"x"'), "object"),
 ])
