@@ -145,6 +145,25 @@ def test_long_texts_come_in_pieces(tmp_path, size):
             assert all(np.diff(pieces.start[own]) <= 4)
 
 
+def test_bundles_hold_every_text_once_and_count_as_their_texts(tmp_path):
+    pytest.importorskip("jieba")
+    texts = [("房间很干净，服务员也很热情。" * 9)[:n] for n in (3, 14, 5, 61, 3, 9, 1)]
+    task = made(context=16, bundle=20, whole_words=True)
+    bundles = task.examples(stored(task, tmp_path / "s", texts), "train")
+    pieces, model = bundles.pieces, model_of(task)
+    assert sorted(bundles.order.tolist()) == list(range(len(pieces)))
+    held = [np.split(bundles[i]["ids"], np.cumsum(bundles[i]["sizes"])[:-1]) for i in range(len(bundles))]
+    expected = [pieces[k]["ids"] for k in bundles.order]
+    assert all(np.array_equal(a, b) for a, b in zip([p for ps in held for p in ps], expected, strict=True))
+    sizes = [len(bundles[i]["ids"]) for i in range(len(bundles))]
+    assert max(sizes) <= 20 and task.length(bundles).tolist() == [max(map(len, parts)) for parts in held]
+    noisy = [task.augment(bundles[i], np.random.default_rng(i)) for i in range(len(bundles))]
+    together = task.loss(model, task.collate(noisy))
+    alone = [task.loss(model, task.collate([one])) for one in noisy]
+    assert together.count == sum(one.count for one in alone)
+    assert float(together.total) == pytest.approx(sum(float(one.total) for one in alone), rel=1e-5)
+
+
 # -- what is counted ---------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from multihead import task as base
 from multihead.codec import words
 from multihead.codec.text import SPECIAL, TextCodec
-from multihead.data.pieces import Pieces
+from multihead.data.pieces import Bundles, Pieces, unbundle
 from multihead.data.rows import TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
@@ -87,6 +87,9 @@ class FillMask(Task):
         context: int = Field(256, ge=8)
         """Most tokens read at once; longer texts are cut into several examples.
         一次最多读的词元数；更长的文本切成多个样本。"""
+        bundle: int | None = Field(None, ge=1)
+        """Train on bundles of short texts of about so many tokens, so that a step reads as many whatever their length.
+        把短文本合成约这么多词元的样本来训练，使每一步读到的词元数大致相同，与文本长短无关。"""
         masked: float = Field(0.15, gt=0, lt=1)
         """Share of tokens to be guessed: of them 80 % are hidden, 10 % replaced by any other, 10 % left as they are.
         要猜的词元比例：其中 80% 被遮住，10% 换成随机词元，10% 保持原样。"""
@@ -142,8 +145,10 @@ class FillMask(Task):
     def examples(self, store: Store, part: str) -> Sequence[Example]:
         """Texts, the long ones in several pieces. For training, the pieces of a text overlap by half, so that no cut is
         always at the same place; else they lie end to end, and what is hidden in them depends on them alone."""
-        pieces = Pieces(store, self.room, overlap=part == "train")
-        return pieces if part == "train" else Hidden(self, pieces)
+        if part != "train":
+            return Hidden(self, Pieces(store, self.room, overlap=False))
+        pieces = Pieces(store, self.room, overlap=True)
+        return pieces if self.options.bundle is None else Bundles(pieces, self.options.bundle)
 
     def length(self, store: Any) -> np.ndarray:
         return store.lengths("ids")
@@ -198,11 +203,19 @@ class FillMask(Task):
         nothing about whether it is asked for (Devlin et al. 2019, section 3.1).
         """
         ids = np.asarray(example["ids"])
-        chosen = self._choose(ids, example.get("starts"), rng)
+        starts = np.array(example["starts"]) if "starts" in example else None
+        if starts is not None and "sizes" in example:
+            starts[np.cumsum(example["sizes"])[:-1]] = 1  # a word that a cut has left does not reach into the next text
+        chosen = self._choose(ids, starts, rng)
         plain = np.flatnonzero(self.is_text)
         how, other = rng.random(len(ids)), plain[rng.integers(len(plain), size=len(ids))]
         seen = np.where(how < 0.8, self._mask, np.where(how < 0.9, other, ids))
-        return {"ids": np.where(chosen, seen, ids).astype(np.int32), "truth": np.where(chosen, ids + 1, 0)}
+        found = {"ids": np.where(chosen, seen, ids).astype(np.int32), "truth": np.where(chosen, ids + 1, 0)}
+        return found | {key: example[key] for key in ("sizes",) if key in example}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """One row a text: bundles are taken apart."""
+        return base.pad([piece for example in examples for piece in unbundle(example)])
 
     def _choose(self, ids: np.ndarray, starts: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
         """(T,) bool: the share `options.masked` of the tokens that stand for text, whole words where `starts` says."""
@@ -342,7 +355,7 @@ class FillMask(Task):
 
     def figures(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         chosen = sorted({int(i) for i in np.linspace(0, len(answers) - 1, SAMPLES)})
-        return {"samples": [{"prompt": answers[i]["read"], "text": answers[i]["told"]} for i in chosen]}
+        return {"samples": [{"prompt": answers[i]["read"] + "\n", "text": answers[i]["told"]} for i in chosen]}
 
     # -- serve --------------------------------------------------------------------------------------------------------
 
