@@ -106,7 +106,7 @@ def peer(kind: str, head: str, **shape: Any) -> Any:
 def causal(name: str, **more: Any) -> Any:
     """A language model of the row `name` of `CAUSAL`."""
     kind, shape = CAUSAL[name]
-    return peer(kind, "LMHeadModel" if kind == "GPT2" else "CausalLM", **shape, **more)
+    return peer(kind, "LMHeadModel" if kind == "GPT2" else "CausalLM", **{**shape, **more})
 
 
 def write(folder: Path, model: Any, tokenizer: Tokenizer | None = None, **settings: Any) -> Path:
