@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -349,6 +350,17 @@ def test_a_gap_to_try_is_a_letter_in_the_middle():
 def test_what_cannot_be_filled_is_said(body, words):
     with pytest.raises(UserError, match=words):
         made(context=9).request(body)
+
+
+def test_words_without_jieba_are_said(monkeypatch):
+    from multihead.codec import words
+
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    words._jieba.cache_clear()
+    task = made(whole_words=True)
+    assert task.encode({"text": TEXTS[2]})["starts"].sum() == 6
+    with pytest.raises(UserError, match=r"multihead\[zh\]"):
+        task.encode({"text": TEXTS[0]})
 
 
 def test_what_cannot_be_built_is_said():

@@ -390,13 +390,15 @@ class FillMask(Task):
         """The mean of the trunk's vectors over all positions, scaled to length 1: (B, D). A text longer than the
         context is read in pieces, end to end; the mean is over all of them."""
         ids_BT, lengths_B = batch["ids"].long(), batch["ids_lengths"]
-        total_BD = count_B1 = torch.zeros((), device=ids_BT.device)
-        for start in range(0, ids_BT.shape[1], self.room):
-            left_B = (lengths_B - start).clamp(0, self.room)
-            _, x_BTD, real_BT = self._read(model, ids_BT[:, start : start + self.room], left_B.clamp(min=1))
-            kept_BT1 = (real_BT & (left_B > 0)[:, None])[..., None]
-            total_BD = total_BD + (x_BTD.float() * kept_BT1).sum(1)
-            count_B1 = count_B1 + kept_BT1.sum(1)
+        totals, counts = [], []
+        for start in range(0, max(1, ids_BT.shape[1]), self.room):
+            rows = (lengths_B > start).nonzero().flatten()
+            left_N = (lengths_B[rows] - start).clamp(max=self.room)
+            _, x_NTD, real_NT = self._read(model, ids_BT[rows, start : start + int(left_N.max())], left_N)
+            total_ND = (x_NTD.float() * real_NT[..., None]).sum(1)
+            totals.append(total_ND.new_zeros(len(ids_BT), total_ND.shape[1]).index_copy(0, rows, total_ND))
+            counts.append(total_ND.new_zeros(len(ids_BT)).index_copy(0, rows, real_NT.sum(1).to(total_ND.dtype)))
+        total_BD, count_B1 = torch.stack(totals).sum(0), torch.stack(counts).sum(0)[:, None]
         return F.normalize(total_BD / count_B1, dim=-1)
 
 
