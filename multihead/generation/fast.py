@@ -177,6 +177,9 @@ class PackedTrunk(nn.Module):
             memory_mask = cache.memory_mask_BS if memory_mask is None else memory_mask
         else:
             past = Fresh(*attention_mask(mask, T, self.causal, x_BTD.device))
+        memory_bias = None
+        if memory_mask is not None:  # once for all layers
+            memory_bias = x_BTD.new_zeros(memory_mask.shape).masked_fill_(~memory_mask, -torch.inf)[:, None, None]
         turns_BTXE = self._turns(positions, T)
         x_ND = x_BTD.reshape(B * T, D)
         for i, layer in enumerate(self.layers):
@@ -187,7 +190,7 @@ class PackedTrunk(nn.Module):
             x_ND = x_ND if self.before else look.norm(x_ND)
             if layer.cross is not None:
                 kv = self._memory(i, layer.cross, memory, cache)
-                x_ND = self._over(x_ND, layer.cross, B, T, kv, memory_mask)
+                x_ND = self._over(x_ND, layer.cross, B, T, kv, memory_bias)
             x_ND = self._feed_forward(x_ND, layer)
         return (x_ND if self.norm is None else self.norm(x_ND)).view(B, T, D)
 
@@ -225,14 +228,14 @@ class PackedTrunk(nn.Module):
         return kv
 
     def _over(
-        self, x_ND: Tensor, look: Look, B: int, T: int, kv: tuple[Tensor, Tensor], memory_mask: Tensor | None
+        self, x_ND: Tensor, look: Look, B: int, T: int, kv: tuple[Tensor, Tensor], memory_bias: Tensor | None
     ) -> Tensor:
         """Cross-attention with its norm and residual; each memory serves as many rows as there are of them more."""
         q_NX = look.inward(look.norm(x_ND) if self.before else x_ND)
         sources = len(kv[0])
         q_BTHE = q_NX.view(sources, B // sources * T, self.config.num_heads, self.config.head_size)
         q_BTHE = q_BTHE if look.q_norm is None else look.q_norm(q_BTHE)
-        y_NX = fused(q_BTHE, *kv, None if memory_mask is None else memory_mask[:, None, None], causal=False)
+        y_NX = fused(q_BTHE, *kv, memory_bias, causal=False)
         x_ND = x_ND + look.outward(y_NX)
         return x_ND if self.before else look.norm(x_ND)
 

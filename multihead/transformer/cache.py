@@ -121,17 +121,18 @@ class Cache:
         A memory may have fewer rows than there are sequences: then each is looked at by as many rows that lie next to
         each other (the beams of one source).
         """
-        if self.kv_L2RKCE is not None:
-            used = max(self.lengths)
-            moved = self.kv_L2RKCE[:, :, :, :, :used].index_select(2, index)
-            if len(index) <= self.kv_L2RKCE.shape[2]:
-                self.kv_L2RKCE = self.kv_L2RKCE[:, :, : len(index)]
-                self.kv_L2RKCE[:, :, :, :, :used] = moved
-            else:
-                L, two, R, K, _, E = moved.shape
-                self.kv_L2RKCE = moved.new_zeros(L, two, R, K, self.kv_L2RKCE.shape[4], E)
-                self.kv_L2RKCE[:, :, :, :, :used] = moved
-        chosen = index.tolist()
+        kv, used, chosen = self.kv_L2RKCE, max(self.lengths), index.tolist()
+        if kv is not None and len(chosen) <= kv.shape[2]:
+            # Many beams stay where they are: only the others' past is copied.
+            moved = [(to, row) for to, row in enumerate(chosen) if to != row]
+            if moved:
+                to, row = torch.tensor(moved, device=kv.device).unbind(1)
+                kv[:, :, to, :, :used] = kv[:, :, row, :, :used]
+            self.kv_L2RKCE = kv[:, :, : len(chosen)]
+        elif kv is not None:
+            L, two, _, K, C, E = kv.shape
+            self.kv_L2RKCE = kv.new_zeros(L, two, len(chosen), K, C, E)
+            self.kv_L2RKCE[:, :, :, :, :used] = kv[:, :, index, :, :used]
         self.lengths = [self.lengths[i] for i in chosen]
         self.recent_BN = None if self.recent_BN is None else self.recent_BN[index]
 
