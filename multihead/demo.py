@@ -41,6 +41,7 @@ data:
 
 options:
   context: 160
+  bundle: 160
   masked: 0.2
 
 model:
@@ -53,6 +54,7 @@ model:
 train:
   minutes: {minutes:g}
   steps: 100000
+  batch_size: 32
   lr: 0.002
   muon_lr: null
 """
