@@ -158,6 +158,24 @@ def test_a_vocabulary_for_both_or_one_for_each() -> None:
         fitted(tokenizer="bpe", target_tokenizer="char")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_it_starts_from_a_model_that_fills_masks(shared: bool, tmp_path: Path) -> None:
+    rows, steps = numbers(60), {**SMALL["train"], "steps": 2, "eval_every": 2}
+    texts = [json.dumps({"text": "".join(row.values())}) for row in rows]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts), "utf-8")
+    shape = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 64, "max_length": 32}
+    mask = {"task": "fill-mask", "data": {"train": "texts.jsonl"}, "options": {"tokenizer": "char", "context": 16},
+            "model": shape, "train": steps}  # fmt: skip
+    (tmp_path / "mask.yaml").write_text(yaml.safe_dump(mask), "utf-8")
+    before = train(tmp_path / "mask.yaml", run=tmp_path / "mask", progress=False)
+    options = {"tokenizer": "char", "shared_vocabulary": shared, "max_tokens": 32}
+    path = recipe_for(tmp_path, rows, options=options, model={"from": str(before.path)}, train=steps)
+    run = train(path, run=tmp_path / "run", progress=False)
+    assert run.task.codec.vocab_size == before.task.codec.vocab_size
+    assert (run.task.target_codec is run.task.codec) == shared
+    assert isinstance(run.predict(["407"])[0]["text"], str)
+
+
 def test_both_languages_have_their_share_of_a_joint_vocabulary() -> None:
     rows = [{"source": "the quick brown fox " * 60, "target": "der schnelle braune Fuchs " * 60}] * 300
     made = Kind(Kind.Options(vocab_size=300))

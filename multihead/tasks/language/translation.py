@@ -93,26 +93,43 @@ class Translation(Task):
         sacrebleu()  # told of now, not at the first evaluation
         options = self.options
         kinds = (options.tokenizer, options.target_tokenizer or options.tokenizer)
+        if options.shared_vocabulary and kinds[0] != kinds[1]:
+            raise UserError(tr(
+                f"options.tokenizer is {kinds[0]} and options.target_tokenizer {kinds[1]}: set "
+                "options.shared_vocabulary: false",
+                f"options.tokenizer 是 {kinds[0]}，options.target_tokenizer 是 {kinds[1]}：请设置 "
+                "options.shared_vocabulary: false",
+            ))
+        if self.origin is not None:
+            self.codec = self._taken(self.origin)
+        elif options.shared_vocabulary:
+            self.codec = TextCodec.fit(_Both(rows), kinds[0], options.vocab_size)
+        else:
+            self.codec = TextCodec.fit((row["source"] for row in rows), kinds[0], options.vocab_size)
         if options.shared_vocabulary:
-            if kinds[0] != kinds[1]:
-                raise UserError(tr(
-                    f"options.tokenizer is {kinds[0]} and options.target_tokenizer {kinds[1]}: set "
-                    "options.shared_vocabulary: false",
-                    f"options.tokenizer 是 {kinds[0]}，options.target_tokenizer 是 {kinds[1]}：请设置 "
-                    "options.shared_vocabulary: false",
-                ))
-            both = _Both(rows)
-            self.codec = self.target_codec = TextCodec.fit(both, kinds[0], options.vocab_size)
-            return
-        self.codec = TextCodec.fit((row["source"] for row in rows), kinds[0], options.vocab_size)
-        self.target_codec = TextCodec.fit((row["target"] for row in rows), kinds[1], options.vocab_size)
+            self.target_codec = self.codec
+        else:
+            self.target_codec = TextCodec.fit((row["target"] for row in rows), kinds[1], options.vocab_size)
+
+    def _taken(self, origin: Any) -> TextCodec:
+        """The codec of the weights that the reading side starts from."""
+        codec: TextCodec = origin.codec()
+        if codec.pad != 0:
+            raise UserError(tr(
+                f"its token for padding has the number {codec.pad}; a translation model starts only from weights where "
+                "it is 0, such as BERT's or those of fill-mask",
+                f"其填充词元的编号是 {codec.pad}；翻译模型只能从填充编号为 0 的权重开始，例如 BERT 或 fill-mask 的权重",
+            ), str(origin.path))
+        return codec
 
     def encode(self, row: dict[str, Any]) -> Example:
         """``ids``: the source and <eos>; ``target``: <bos>, the target, <eos>."""
-        source = [*self.codec.encode(row["source"]), self.codec.eos]
+        source = self.codec.frame(self.codec.encode(row["source"])).tolist()
+        if source[-1:] != [self.codec.eos]:
+            source.append(self.codec.eos)
         example = {"ids": self._checked(source, "source")}
         if row.get("target") is not None:
-            target = [self.target_codec.bos, *self.target_codec.encode(row["target"]), self.target_codec.eos]
+            target = [self.target_codec.bos, *self.target_codec.encode(row["target"]).tolist(), self.target_codec.eos]
             example["target"] = self._checked(target, "target")
         return example
 
