@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit (or of 1). Two float32 programs that sum the same
 products in another order differ by about 1e-6 of it; a wrong map or a missing norm by more than 1e-2."""
 LONGEST = 500  # characters of one text
+WRITES = ("text-generation", "translation")
 SAMPLES = ("The room was clean, and breakfast was good.", "房间很干净，服务也好。", "What is this?", "今天天气不错")
 
 
@@ -91,38 +92,60 @@ def export(run: Run, folder: Path, texts: int = 20, prove: bool = True) -> Expor
 
 # -- kinds of models ---------------------------------------------------------------------------------------------------
 
+Logits = tuple[np.ndarray, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Kind:
     """What one task's model is elsewhere."""
 
-    faults: Callable[[Any], dict[str, Any]]
-    """Options that no class of transformers has: each with what it would have to be."""
-    frame: Callable[[TextCodec], tuple[str, str] | None]
-    """How texts of a codec of our own begin and end, as `TemplateProcessing` writes it: for one and for two."""
-    logits: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    """Ours of ids (1, T) and segments (1, T)."""
-    theirs: Callable[[Any], Tensor]
-    """The same of what transformers gives."""
-    pair: bool = False
+    columns: tuple[str, ...]
+    """The texts of a row that both models are run on."""
+    run: Callable[[nn.Module, Any, TextCodec, int, list[str]], Logits]
+    """Ours, theirs, the codec, the most tokens, a row's texts → the ids that a tokenizer elsewhere must make of them,
+    and the logits of both."""
+    wanted: Mapping[str, Any] = field(default_factory=dict)
+    """Options for which transformers has no class but with this value."""
+    frame: tuple[str, ...] = ()
+    """How one text, and two, of a codec of our own begin and end, as `TemplateProcessing` writes it."""
 
 
-def _plainly(options: Any) -> dict[str, Any]:
-    return {}
+def _causal(ours: nn.Module, theirs: Any, codec: TextCodec, most: int, texts: list[str]) -> Logits:
+    ids = codec.encode(texts[0])
+    shown = codec.frame(ids) if isinstance(codec, ForeignCodec) else np.concatenate((codec.begin, ids))
+    ids_1T = _batch(np.concatenate((codec.begin, ids)), most)
+    return shown, ours(ids_1T), theirs(ids_1T).logits
 
 
-def _classes(options: Any) -> dict[str, Any]:
-    wanted = {"pool": "first", "wide": ()}
-    return {key: value for key, value in wanted.items() if getattr(options, key) != value}
+def _masked(ours: nn.Module, theirs: Any, codec: TextCodec, most: int, texts: list[str]) -> Logits:
+    ids = codec.frame(codec.encode(texts[0]))
+    ids_1T = _batch(ids, most)
+    x_1TD = ours(ids_1T, torch.ones_like(ids_1T, dtype=torch.bool))
+    return ids, ours.head(x_1TD), theirs(ids_1T).logits  # type: ignore[operator]
 
 
-def _answers(options: Any) -> dict[str, Any]:
-    return {key: False for key in ("overlap", "simplify") if getattr(options, key)}
+def _classified(ours: nn.Module, theirs: Any, codec: TextCodec, most: int, texts: list[str]) -> Logits:
+    ids = codec.frame(codec.encode(texts[0]))
+    ids_1T = _batch(ids, most)
+    return ids, ours(ids_1T, _length(ids_1T)), theirs(ids_1T).logits
 
 
-def _ends(codec: TextCodec) -> dict[str, str]:
-    names = codec.as_tokenizer().id_to_token
-    return {"bos": names(codec.bos) or "", "eos": names(codec.eos) or ""}
+def _answered(ours: nn.Module, theirs: Any, codec: TextCodec, most: int, texts: list[str]) -> Logits:
+    ids, segments = codec.frame_pair(codec.encode(texts[0]), codec.encode(texts[1]))
+    ids_1T, segments_1T = _batch(ids, most), _batch(segments, most)
+    found = theirs(ids_1T, token_type_ids=segments_1T)
+    logits_1T2 = ours(ids_1T, _length(ids_1T), segments_1T, torch.zeros_like(ids_1T))
+    return ids, logits_1T2, torch.stack((found.start_logits, found.end_logits), -1)
+
+
+def _translated(ours: nn.Module, theirs: Any, codec: TextCodec, most: int, texts: list[str]) -> Logits:
+    ids = np.append(codec.encode(texts[0]), codec.eos)
+    source_1S, target_1T = _batch(ids, most), _batch(np.append(codec.bos, codec.encode(texts[1])), most)
+    return ids, ours(source_1S, target_1T), theirs(input_ids=source_1S, decoder_input_ids=target_1T).logits
+
+
+def _batch(ids: np.ndarray, most: int) -> Tensor:
+    return torch.from_numpy(ids[:most]).long()[None]
 
 
 def _length(ids_BT: Tensor) -> Tensor:
@@ -130,22 +153,15 @@ def _length(ids_BT: Tensor) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "text-generation": Kind(
-        _plainly, lambda codec: ("{eos} $A".format(**_ends(codec)), "{eos} $A {eos} $B".format(**_ends(codec))),
-        lambda model, ids, _: model(ids), lambda out: out.logits,
-    ),
-    "fill-mask": Kind(
-        _plainly, lambda codec: None,
-        lambda model, ids, _: model.head(model(ids, torch.ones_like(ids, dtype=torch.bool))),  # type: ignore[operator]
-        lambda out: out.logits,
-    ),
-    "text-classification": Kind(
-        _classes, lambda codec: None, lambda model, ids, _: model(ids, _length(ids)), lambda out: out.logits,
-    ),
+    "text-generation": Kind(("text",), _causal, frame=("<eos> $A", "<eos> $A <eos> $B")),
+    "fill-mask": Kind(("text",), _masked),
+    "text-classification": Kind(("text",), _classified, {"pool": "first", "wide": ()}),
     "question-answering": Kind(
-        _answers, lambda codec: ("$A", "{bos} $A {eos} $B:1 {eos}:1".format(**_ends(codec))),
-        lambda model, ids, segments: model(ids, _length(ids), segments, torch.zeros_like(ids)),
-        lambda out: torch.stack((out.start_logits, out.end_logits), -1), pair=True,
+        ("question", "context"), _answered, {"overlap": False, "simplify": False},
+        ("$A", "<bos> $A <eos> $B:1 <eos>:1"),
+    ),
+    "translation": Kind(
+        ("source", "target"), _translated, {"shared_vocabulary": True}, ("$A <eos>", "$A $B <eos>")
     ),
 }
 
@@ -155,7 +171,8 @@ def _kind(run: Run) -> Kind:
     if task not in KINDS:
         raise UserError(tr(f"runs of {task} cannot be exported; those of these tasks can: {', '.join(KINDS)}",
                            f"{task} 的训练结果不能导出；可以导出的任务：{'、'.join(KINDS)}"), str(run.path))
-    faults = KINDS[task].faults(options)
+    wanted = KINDS[task].wanted
+    faults = {key: value for key, value in wanted.items() if getattr(options, key) != value}
     if faults:
         raise UserError.many([Problem(tr(
             f"options.{key} is {getattr(options, key)!r}, which no class of transformers computes; "
@@ -181,6 +198,8 @@ def _write(run: Run, kind: Kind, folder: Path) -> str:
     tensors, shape = outward(family, config, task, run.model.state_dict(), tied)
     shape |= {"vocab_size": codec.vocab_size, "dtype": "float32", "pad_token_id": codec.pad,
               "bos_token_id": _first(codec, family.causal), "eos_token_id": codec.eos}
+    if task == "translation":
+        shape["decoder_start_token_id"] = codec.bos
     labels = getattr(run.task, "labels", None)
     if labels is not None:
         many = "multi" if options.multiple else "single"
@@ -189,10 +208,11 @@ def _write(run: Run, kind: Kind, folder: Path) -> str:
                   "problem_type": f"{many}_label_classification"}
     write_json(folder / "config.json", shape)
     checkpoint.save_weights(folder / "model.safetensors", tensors, {"format": "pt"})
-    if family.causal:
+    if task in WRITES:
         write_json(folder / "generation_config.json", {
-            "bos_token_id": _first(codec, True), "eos_token_id": sorted(codec.ends), "pad_token_id": codec.pad})
-    write_tokenizer(codec, folder, kind.frame(codec), config.max_length, shape["bos_token_id"], family.name == "bert")
+            "bos_token_id": shape["bos_token_id"], "eos_token_id": sorted(codec.ends), "pad_token_id": codec.pad,
+            **({} if family.causal else _search(codec, options))})
+    write_tokenizer(codec, folder, kind.frame, config.max_length, shape["bos_token_id"], family.name == "bert")
     return class_name(family, task)
 
 
@@ -201,8 +221,14 @@ def _first(codec: TextCodec, causal: bool) -> int:
     return codec.begin[-1] if causal else codec.bos
 
 
+def _search(codec: TextCodec, options: Any) -> dict[str, Any]:
+    """How a translation is looked for."""
+    return {"decoder_start_token_id": codec.bos, "num_beams": options.beam, "length_penalty": options.length_penalty,
+            "max_length": options.max_tokens, "early_stopping": False, "bad_words_ids": [[codec.pad]]}
+
+
 def write_tokenizer(
-    codec: TextCodec, folder: Path, frame: tuple[str, str] | None, longest: int, bos: int, segments: bool
+    codec: TextCodec, folder: Path, frame: tuple[str, ...], longest: int, bos: int, segments: bool
 ) -> None:
     """tokenizer.json, tokenizer_config.json, special_tokens_map.json.
 
@@ -212,9 +238,9 @@ def write_tokenizer(
         segments: the model reads token types.
     """
     tokenizer = Tokenizer.from_str(codec.as_tokenizer().to_str())
-    if frame is not None and not isinstance(codec, ForeignCodec):
+    if frame and not isinstance(codec, ForeignCodec):
         special = [(name, i) for i, name in enumerate(codec.special)]
-        tokenizer.post_processor = processors.TemplateProcessing(*frame, special)
+        tokenizer.post_processor = processors.TemplateProcessing(frame[0], frame[1], special)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
     roles = ["bos", "eos", "pad", "unk", *(["mask"] if codec.mask is not None else [])]
     names = {f"{role}_token": tokenizer.id_to_token(getattr(codec, role)) for role in roles}
@@ -241,53 +267,38 @@ def _prove(run: Run, kind: Kind, folder: Path, name: str, texts: int) -> Proof:
     theirs = getattr(transformers, name).from_pretrained(folder, local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ours, codec, proof = run.model.cpu().float(), run.task.codec, Proof(0, 0.0, 0.0)  # type: ignore[attr-defined]
+    most = run.recipe.model.max_length
     for given in itertools.islice(_texts(run, kind), texts):
-        ids, segments = _framed(codec, kind, *given)
+        with torch.inference_mode():
+            ids, left, right = kind.run(ours, theirs, codec, most, given)
+        read = given[:1] if run.recipe.task == "translation" else given
         # Elsewhere the name of a special token in a text is that token; here it never is.
-        plain = not any(name in text for name in codec.special for text in given)
-        if plain and list(tokenizer(*given)["input_ids"]) != ids.tolist():
+        plain = not any(name in text for name in codec.special for text in read)
+        if plain and list(tokenizer(*read)["input_ids"]) != ids.tolist():
             raise _differ(tr(f"its tokenizer reads {given[0][:40]!r} as other tokens than ours",
                              f"导出的分词器把 {given[0][:40]!r} 切成了不同的词元"))
-        ids_1T, segments_1T = (torch.from_numpy(a[: run.recipe.model.max_length]).long()[None] for a in (ids, segments))
-        read = {"token_type_ids": segments_1T} if getattr(theirs.config, "type_vocab_size", 0) > 1 else {}
-        with torch.inference_mode():
-            left = kind.logits(ours, ids_1T, segments_1T).float()
-            right = kind.theirs(theirs(ids_1T, **read)).float()
         proof.texts += 1
-        proof.difference = max(proof.difference, float((left - right).abs().max()))
+        proof.difference = max(proof.difference, float((left.float() - right.float()).abs().max()))
         proof.scale = max(proof.scale, float(left.abs().max()))
     if not proof.difference <= TOLERANCE * max(1.0, proof.scale):
-        off, most = f"{proof.difference:.2g}", f"{proof.scale:.3g}"
-        raise _differ(tr(f"its logits differ from ours by up to {off} (allowed: {TOLERANCE:g} of the largest, {most})",
-                         f"其 logits 与我们的最多相差 {off}；最大的 logit 是 {most}，只允许它的 {TOLERANCE:g}"))
+        off, scale = f"{proof.difference:.2g}", f"{proof.scale:.3g}"
+        raise _differ(tr(f"its logits differ from ours by up to {off} (allowed: {TOLERANCE:g} of the largest, {scale})",
+                         f"其 logits 与我们的最多相差 {off}；最大的 logit 是 {scale}，只允许它的 {TOLERANCE:g}"))
     return proof
 
 
-def _framed(codec: TextCodec, kind: Kind, text: str, other: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """What a tokenizer elsewhere makes of a text, or of two: ids and segments."""
-    ids = codec.encode(text)
-    if kind.pair:
-        return codec.frame_pair(ids, codec.encode(other))
-    if not isinstance(codec, ForeignCodec) and kind.frame(codec) is not None:
-        ids = np.concatenate((np.array(codec.begin, dtype=ids.dtype), ids))
-    else:
-        ids = codec.frame(ids)
-    return ids, np.zeros_like(ids)
-
-
-def _texts(run: Run, kind: Kind) -> Iterator[tuple[str, ...]]:
+def _texts(run: Run, kind: Kind) -> Iterator[list[str]]:
     """Held-out texts of the run, evenly spread, or pairs of them; then some of our own, for a run without data."""
-    columns = ("question", "context") if kind.pair else ("text",)
     for part in ("test", "valid"):
         if not (run.path / "data" / part / INDEX).is_file():
             continue
         store = run.store(part)
         for i in range(0, len(store), max(1, len(store) // 100)):
-            given = [str(store.row(i).get(name) or "") for name in columns]
+            given = [str(store.row(i).get(name) or "") for name in kind.columns]
             for start in range(0, min(len(given[0]), LONGEST * 100), LONGEST):
-                yield tuple(text[start if text is given[0] else 0:][:LONGEST] for text in given)
+                yield [given[0][start:start + LONGEST], *(text[:LONGEST] for text in given[1:])]
     for text in SAMPLES:
-        yield (text, SAMPLES[0])[: len(columns)]
+        yield [text, SAMPLES[0]][: len(kind.columns)]
 
 
 def _differ(what: str) -> UserError:

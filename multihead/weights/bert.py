@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from multihead.transformer.config import TransformerConfig
-from multihead.weights.names import Family, Given, Piece, linear
+from multihead.weights.names import Family, Given, Piece, Tensors, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "after", "positions": "learned", "bias": True, "embedding_norm": True,
@@ -77,6 +80,14 @@ def body(config: TransformerConfig, skip: int = 0) -> list[Piece]:
     return found
 
 
+def fill(config: TransformerConfig, given: Tensors) -> TransformerConfig:
+    """Theirs has at least one kind of segment: without any, two kinds that add nothing."""
+    if config.segments:
+        return config
+    given["input.segment.weight"] = torch.zeros(2, config.d_model)
+    return replace(config, segments=2)
+
+
 BERT = Family(
     "bert", ("bert",), False, "bert.", read, write, LAYOUT, body, square=True, activations=tuple(ACTIVATIONS),
     heads={
@@ -90,7 +101,7 @@ BERT = Family(
     },
     head_layout={"fill-mask": {"activation": "gelu"}},  # theirs has the trunk's activation, ours is GELU
     ignored=r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
-    renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+    fill=fill, renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
 )
 
 ROBERTA = Family(
@@ -108,5 +119,5 @@ ROBERTA = Family(
         "question-answering": tuple(linear("head", "qa_outputs")),
     },
     ignored=r"embeddings\.position_ids|lm_head\.decoder\.(weight|bias)|pooler\.dense\.(weight|bias)",
-    renamed=BERT.renamed,
+    fill=fill, renamed=BERT.renamed,
 )

@@ -63,7 +63,9 @@ def sizes(piece: Piece, config: TransformerConfig) -> list[int]:
     if len(piece.theirs) == 3:
         q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
         return [q, kv, kv]
-    return [config.ff_size] * 2 if len(piece.theirs) == 2 else [0]
+    if len(piece.theirs) == 2:
+        return [config.kv_heads * config.head_size if ".cross." in piece.ours else config.ff_size] * 2
+    return [0]
 
 
 class Given:
@@ -139,6 +141,8 @@ class Family:
     """Names of tensors that hold nothing learned, as a regular expression."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Old endings of names, and what they are called now."""
+    fill: Callable[[TransformerConfig, Tensors], TransformerConfig] = lambda config, given: config
+    """On the way out: adds the tensors that theirs has and ours does without; the shape with them."""
     tied: bool = True
     """Whether the output shares the embedding where config.json does not say."""
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from multihead.errors import UserError, tr
 from multihead.transformer.config import TransformerConfig
 from multihead.weights.names import Family, sizes
 from multihead.weights.origin import FAMILIES
+from multihead.weights.pegasus import PEGASUS
 
 CLASSES = {
     "text-generation": "ForCausalLM",
     "fill-mask": "ForMaskedLM",
     "text-classification": "ForSequenceClassification",
     "question-answering": "ForQuestionAnswering",
+    "translation": "ForConditionalGeneration",
 }
-NAMES = {"bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-FIRST = ("bert", "gpt2", "llama", "qwen2", "qwen3")  # a RoBERTa only where the weights came from one
-SEGMENTS = 2  # a BERT has at least one kind of segment; without any, two kinds that add nothing
+NAMES = {"bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
+         "pegasus": "Pegasus"}
+ABLE = (*FAMILIES, PEGASUS)
+FIRST = ("bert", "gpt2", "llama", "qwen2", "qwen3", "pegasus")  # a RoBERTa only where the weights came from one
 
 
 def choose(config: TransformerConfig, task: str, came_from: str = "") -> Family:
@@ -31,7 +32,7 @@ def choose(config: TransformerConfig, task: str, came_from: str = "") -> Family:
     Raises:
         UserError: naming the keys of the recipe for which there is none.
     """
-    able = [family for family in FAMILIES if task in family.heads and family.name in (came_from, *FIRST)]
+    able = [family for family in ABLE if task in family.heads and family.name in (came_from, *FIRST)]
     able.sort(key=lambda family: family.name != came_from)
     misfits = {family.name: family.misfits(config, task) for family in able}
     for family in able:
@@ -65,10 +66,7 @@ def outward(
         tied: the output shares the embedding: it is written once.
     """
     given = {name: tensor.detach().cpu().float() for name, tensor in ours.items()}
-    encoder = not family.causal
-    if encoder and not config.segments:
-        given["input.segment.weight"] = torch.zeros(SEGMENTS, config.d_model)
-        config = replace(config, segments=SEGMENTS)
+    config = family.fill(config, given)
     found: dict[str, Tensor] = {}
     for piece in family.body(config):
         cut = piece.cut(given[piece.ours], sizes(piece, config))

@@ -38,6 +38,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "several": ("text-classification", {**BERTS, "segments": 1}, {**CLASSES, "multiple": True, "tokenizer": "bpe"},
                 "BertForSequenceClassification"),
     "answers": ("question-answering", {**BERTS, "segments": 2}, ANSWERS, "BertForQuestionAnswering"),
+    "translation": ("translation", {"dropout": 0.1}, {"vocab_size": 300, "max_tokens": 60},
+                    "PegasusForConditionalGeneration"),
 }
 
 
@@ -45,7 +47,9 @@ def rows(task: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for i in range(60):
         text = " ".join(WORDS[(i * (k + 3)) % len(WORDS)] for k in range(8)) + f" {i}。"
-        if task == "question-answering":
+        if task == "translation":
+            found.append({"source": text, "target": f"{i} {text[::-1]}"})
+        elif task == "question-answering":
             found.append({"question": f"which {i}?", "context": text, "answers": [{"text": f"{i}"}]})
         else:
             found.append({"text": text} | ({"label": "好" if i % 2 else "bad"} if "class" in task else {}))
@@ -90,7 +94,8 @@ def test_every_kind_loads_and_says_the_same(made: Any, name: str, tmp_path: Path
     assert done.proof.texts == 8 and done.proof.difference < 1e-5 < done.proof.scale
     auto = {"text-generation": "AutoModelForCausalLM", "fill-mask": "AutoModelForMaskedLM",
             "text-classification": "AutoModelForSequenceClassification",
-            "question-answering": "AutoModelForQuestionAnswering"}[RUNS[name][0]]
+            "question-answering": "AutoModelForQuestionAnswering",
+            "translation": "AutoModelForSeq2SeqLM"}[RUNS[name][0]]
     loaded, report = getattr(transformers, auto).from_pretrained(done.path, output_loading_info=True)
     assert type(loaded).__name__ == done.kind
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -113,6 +118,16 @@ def test_both_write_the_same_text(made: Any, name: str, tmp_path: Path) -> None:
     theirs = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1]:]
     ours = run.predict(["从前 山上"], max_tokens=12, temperature=0)[0]["text"]
     assert tokenizer.decode(theirs, skip_special_tokens=True) == ours
+
+
+def test_both_translate_the_same(made: Any, tmp_path: Path) -> None:
+    run = made("translation")
+    folder = export(run, tmp_path / "out", texts=2).path
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = model.generate(**tokenizer("The room 山上", return_tensors="pt"), max_length=None, max_new_tokens=9)
+    ours = run.predict([{"source": "The room 山上"}], max_tokens=9)[0]["text"]
+    assert tokenizer.decode(theirs[0], skip_special_tokens=True) == ours
 
 
 def test_the_answer_of_a_classifier_is_the_same(made: Any, tmp_path: Path) -> None:
@@ -185,6 +200,8 @@ def test_a_head_for_other_classes_stays_behind(tmp_path: Path) -> None:
     ("fill-mask", {**BERTS, "ngrams": [2]}, {}, r"model.ngrams is \[2\], not \[\]"),
     ("text-generation", {"activation": "relu2"}, {"vocab_size": 300}, "model.activation is relu2, not swiglu"),
     ("text-generation", {**GPT2S, "num_kv_heads": 2}, {"vocab_size": 300}, "model.num_kv_heads is 2, not 4"),
+    ("translation", {}, {"vocab_size": 300, "max_tokens": 60, "shared_vocabulary": False}, "shared_vocabulary=true"),
+    ("translation", {"norm": "rmsnorm"}, {"vocab_size": 300, "max_tokens": 60}, "model.norm is rmsnorm, not layernorm"),
     ("text-classification", BERTS, {**CLASSES, "wide": [1]}, r"options.wide is \(1,\).*options.wide=\[\]"),
 ])
 def test_what_no_class_computes_is_refused_with_its_keys(
