@@ -72,6 +72,8 @@ class Taken:
     taken: Counts = field(default_factory=lambda: defaultdict(int))
     new: Counts = field(default_factory=lambda: defaultdict(int))
     left: Counts = field(default_factory=lambda: defaultdict(int))
+    unknown: Sequence[str] = ()
+    """Tensors of the origin that no part of ours could hold."""
 
     def __str__(self) -> str:
         def said(counts: Counts, comma: str) -> str:
@@ -82,6 +84,9 @@ class Taken:
         for counts, english, chinese in ((self.new, "new", "新建"), (self.left, "not used", "未用")):
             if counts:
                 en, zh = f"{en}; {english}: {said(counts, ', ')}", f"{zh}；{chinese}：{said(counts, '、')}"
+        if self.unknown:
+            some = ", ".join(self.unknown[:3]) + (" …" if len(self.unknown) > 3 else "")
+            en, zh = f"{en}; unknown: {some}", f"{zh}；不认识：{some}"
         return tr(en, zh)
 
 
@@ -127,7 +132,7 @@ def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:
                 for name, fit in fits.items() if not fit and name.startswith(inside)]
     if problems:
         raise UserError.many(problems)
-    told = Taken(path, origin.family)
+    told = Taken(path, origin.family, unknown=getattr(origin, "unknown", ()))
     with torch.no_grad():
         for name, value in own.items():
             if fits[name]:

@@ -27,6 +27,8 @@ NAMES = {
     "mask": ("mask_token",),
 }
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+FILES = (BPE_FILE, *SETTINGS, "generation_config.json", "chat_template.jinja")
+"""What a Hugging Face folder says of its tokenizer."""
 _BYTES = _byte_of_char()
 _PROBES = ("a", "the", "0", "的", ".", "é")
 
@@ -195,14 +197,6 @@ class ForeignCodec(TextCodec):
         if not self._forbidden.isdisjoint(ids):
             ids = [self._instead if id in self._forbidden else id for id in ids]
         return np.array(ids, dtype=np.int32)
-
-    @property
-    def mask_name(self) -> str | None:
-        return None if self.mask is None else self.as_tokenizer().id_to_token(self.mask)
-
-    def _before_mask(self, text: str) -> str:
-        token = self._special.get(-1 if self.mask is None else self.mask)
-        return text.rstrip() if token is not None and token.lstrip else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` by the tokenizer's own decoder; special tokens give nothing."""

@@ -69,8 +69,7 @@ class TextCodec:
     """Text ↔ token ids. Make one with ``fit`` or ``load``.
 
     ids 0 … are the special tokens in the order given, then bytes and merges ("bpe") or characters by frequency
-    ("char"). Special tokens are never read from text: "<eos>" in a review is five characters. Only ``encode_masked``
-    reads the mask's name.
+    ("char"). Special tokens are never read from text: "<eos>" in a review is five characters.
     """
 
     mask: int | None
@@ -89,7 +88,7 @@ class TextCodec:
         self.pad, self.unk, self.bos, self.eos = (self.special.index(name) for name in SPECIAL)
         self.mask = self.special.index(MASK) if MASK in self.special else None
         self.begin, self.ends = (self.eos,), frozenset((self.eos,))
-        self._tokenizer = tokenizer
+        self._tokenizer, self._characters = tokenizer, None  # type: Tokenizer | None, Tokenizer | None
         self._bytes: list[bytes] = [b""] * len(self.special)
         if tokenizer is not None:
             tokenizer.encode_special_tokens = True
@@ -155,28 +154,6 @@ class TextCodec:
         found = self._tokenizer.encode_batch_fast([_whole(t) for t in texts], add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int32) for one in found]
 
-    def encode_masked(self, text: str) -> np.ndarray:
-        """As ``encode``, with the mask's id where its name ("<mask>", or a foreign tokenizer's) stands in `text`.
-
-        Raises UserError where the codec has no mask.
-        """
-        name = self.mask_name
-        if self.mask is None or name is None:
-            raise UserError(tr("this model's codec has no mask token; it was not trained to fill masks",
-                               "这个模型的编码器没有遮盖词元，没有训练过填空"))
-        parts = text.split(name)
-        found = [self.encode(self._before_mask(part)) for part in parts[:-1]] + [self.encode(parts[-1])]
-        mask = np.array([self.mask], dtype=np.int32)
-        return np.concatenate([piece for part in found for piece in (part, mask)][:-1])
-
-    def _before_mask(self, text: str) -> str:
-        return text
-
-    @property
-    def mask_name(self) -> str | None:
-        """How a text says where the mask stands; None without a mask."""
-        return None if self.mask is None else self.special[self.mask]
-
     def frame(self, ids: np.ndarray) -> np.ndarray:
         """The ids as one text, the way the weights were trained: unchanged; [CLS] ids [SEP] for a BERT's tokenizer."""
         return ids
@@ -204,10 +181,11 @@ class TextCodec:
 
     def as_tokenizer(self) -> Tokenizer:
         """This codec as a `Tokenizer` of the library `tokenizers`: the same ids for the same text."""
-        if self._tokenizer is None:
-            self._tokenizer_of_characters = getattr(self, "_tokenizer_of_characters", None) or self._word_level()
-            return self._tokenizer_of_characters
-        return self._tokenizer
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if self._characters is None:
+            self._characters = self._word_level()
+        return self._characters
 
     def _word_level(self) -> Tokenizer:
         names = [*self.special, *(c.decode() for c in self._bytes[len(self.special):])]

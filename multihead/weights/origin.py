@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from multihead import strict_yaml
-from multihead.codec.foreign import ForeignCodec, read_json
+from multihead.codec.foreign import FILES, ForeignCodec, read_json
 from multihead.codec.text import LABELS_FILE, LabelCodec, TextCodec
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.run import RECIPE, RunFolder
@@ -175,7 +175,7 @@ class Foreign(Origin):
 
     def files(self) -> list[Path]:
         index = [self.path / INDEX] if (self.path / INDEX).is_file() else []
-        tokens = [p for p in (self.path / "tokenizer.json",) if p.is_file()]
+        tokens = [p for p in map(self.path.joinpath, FILES) if p.is_file()]
         return [self.path / CONFIG, *index, *sorted({held.file for held in self._tensors.values()}), *tokens]
 
     def codec(self) -> TextCodec:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
 TEXTS = 20 * ["The room was clean, and breakfast didn't disappoint.", "房间很干净，服务也好。", "Hello! 早上好 😀"]
@@ -62,8 +62,6 @@ def byte_level(special: list[str], prefix: bool = False) -> Tokenizer:
 
 def robertas() -> Tokenizer:
     """RoBERTa's kind: bytes, <s> a </s></s> b </s>, and a mask that takes the blank before it."""
-    from tokenizers import AddedToken
-
     tokenizer = byte_level(["<s>", "<pad>", "</s>", "<unk>"])
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
@@ -83,6 +81,20 @@ def unigram() -> Tokenizer:
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B:1",
                                                              special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """XLM-RoBERTa's kind: blanks as ▁ by the pre-tokenizer, no bytes to fall back on."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁The", "▁room", "▁was", "▁", "房间", "很", *"abcdefghilmnorstuwTCL,"]
+    tokenizer = Tokenizer(models.Unigram([(word, -float(i) / 9) for i, word in enumerate(words)], unk_id=3))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return tokenizer
 
 
