@@ -25,9 +25,8 @@ def places(scores: Any, target: Any) -> tuple[Any, Any, Any]:
         target: (n,) number of the right item.
     """
     own = scores[range(len(target)), target][:, None]
-    possible = scores > float("-inf")
-    tied = ((scores == own) & possible).sum(1)
-    return (scores > own).sum(1), tied, possible.sum(1)
+    nothing = float("-inf")
+    return (scores > own).sum(1), (scores == own).sum(1) * (own[:, 0] > nothing), (scores > nothing).sum(1)
 
 
 def hit(higher: Array, tied: Array, k: int) -> Array:

@@ -336,7 +336,8 @@ class SequentialRecommendation(Task):
         Score is the probability that the item comes next (with loss gbce, that it is chosen at all).
         """
         scores_BI = self.scores(model, batch)
-        told = scores_BI.softmax(-1) if self.options.loss == "softmax" else scores_BI.sigmoid()
+        told = self.options.loss == "softmax" and not ask.get("evaluate")
+        norm_B1 = scores_BI.logsumexp(-1, keepdim=True) if told else None
         seen = self._seen(ask.get("seen"))
         for key in ("history", "without") if seen == "drop" else ("without",):
             _forbid(scores_BI, batch[key].long(), batch[f"{key}_lengths"])
@@ -344,7 +345,7 @@ class SequentialRecommendation(Task):
             return self._placed(scores_BI, batch["item"])
         k = self._k(ask.get("k"))
         best_BK, index_BK = scores_BI.topk(min(k, scores_BI.shape[1]))
-        told_BK = told.gather(1, index_BK).tolist()
+        told_BK = ((best_BK - norm_B1).exp() if norm_B1 is not None else best_BK.sigmoid()).tolist()
         answers: list[Answer] = []
         for row, (values, numbers) in enumerate(zip(best_BK.tolist(), index_BK.tolist(), strict=True)):
             items = [{**self.codec.shown(i), "score": float(f"{p:.6g}")}
