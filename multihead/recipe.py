@@ -363,11 +363,12 @@ def _check(
     except ValidationError as error:
         problems += explain(error, source, (), _keys)
         raise UserError.many(problems) from None
-    problems += [Problem(tr(en, zh), source.place(("model", key))) for key, en, zh in recipe.model.faults()]
+    against = starting.contradictions(recipe, origin, source) if origin is not None else []
+    if origin is not None or settled or not recipe.model.from_:  # else no size is known yet
+        sizes = [Problem(tr(en, zh), source.place(("model", key))) for key, en, zh in recipe.model.faults()]
+        problems += against or sizes
     problems += truths(source.values, recipe.plain(), (), source)
     problems += _across(recipe, source)
-    if origin is not None:
-        problems += starting.contradictions(recipe, origin, source)
     if problems:
         raise UserError.many(problems)
     return recipe
