@@ -86,6 +86,7 @@ class Translation(Task):
 
     codec: TextCodec
     target_codec: TextCodec
+    _packed: tuple[EncoderDecoder, int, EncoderDecoder] | None = None
 
     # -- prepare ------------------------------------------------------------------------------------------------------
 
@@ -194,19 +195,28 @@ class Translation(Task):
         assert isinstance(model, EncoderDecoder)
         wishes = self._wishes(ask)
         ids_BT, lengths_B = batch["ids"].long(), batch["ids_lengths"]
-        fast = prepared(model, "float32") if next(model.parameters()).dtype == torch.float32 else model
         most = min(wishes["max_tokens"], model.max_length)
         limits = [min(most, n + n // 2 + ROOM) for n in lengths_B.tolist()]
         inputs = {"ids": ids_BT, "lengths": lengths_B}
         with torch.autocast(ids_BT.device.type, enabled=False):  # packed weights do their own rounding
             found = beam_search(
-                fast, inputs, self.target_codec.eos, wishes["beam"], wishes["length_penalty"], limits
+                self._fast(model), inputs, self.target_codec.eos, wishes["beam"], wishes["length_penalty"], limits
             )
         answers = [self._answer(one[0]) for one in found]
         if ask.get("evaluate"):
             for answer, (loss, tokens) in zip(answers, self._foretell(model, batch), strict=True):
                 answer |= {"loss": loss, "target_tokens": tokens}
         return answers
+
+    def _fast(self, model: EncoderDecoder) -> EncoderDecoder:
+        """The model with packed weights, kept for as long as they do not change."""
+        if next(model.parameters()).dtype != torch.float32:
+            return model
+        # Weights made under inference_mode cannot change, and have no count of their changes.
+        version = sum(0 if p.is_inference() else p._version for p in model.parameters())
+        if self._packed is None or self._packed[0] is not model or self._packed[1] != version:
+            self._packed = (model, version, prepared(model, "float32"))
+        return self._packed[2]
 
     def _answer(self, best: Hypothesis) -> Answer:
         return {
