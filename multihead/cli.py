@@ -72,7 +72,7 @@ def tasks() -> None:
 
     table = Table(title=tr("Tasks", "任务"))
     for head in (tr("field", "领域"), tr("task", "任务"), tr("what it does", "做什么"), tr("columns", "列")):
-        table.add_column(head)
+        table.add_column(head, no_wrap=len(table.columns) < 2)  # a name that is cut cannot be typed
     for name in task.names():
         found = task.find(name)
         columns = ", ".join(c.name if c.required else f"[{c.name}]" for c in found.events or found.columns)
@@ -227,8 +227,8 @@ def serve(
     serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device)
 
 
-@app.command(help=tr("write a run in the form of the library transformers, and prove it",
-                     "把训练结果写成 transformers 库的形式，并验证其一致"))
+@app.command(help=tr("write a run as a folder that transformers loads",
+                     "把训练结果导出为 transformers 可加载的文件夹"))
 def export(
     run: RunPath,
     to: Annotated[str, _option(

@@ -74,6 +74,9 @@ def export(run: Run, folder: Path, texts: int = 20, prove: bool = True) -> Expor
         raise UserError(tr(
             "proving an export needs transformers: pip install 'multihead[hf]'; or write it unproved with --no-proof",
             "验证导出结果需要 transformers：pip install 'multihead[hf]'；或用 --no-proof 不验证直接写出"))
+    if prove and texts < 1:
+        raise UserError(tr(f"--texts is {texts}; it must be at least 1 (or --no-proof)",
+                           f"--texts 是 {texts}，至少要为 1（或用 --no-proof）"))
     kind = _kind(run)
     part = temporary(folder)
     try:
@@ -212,7 +215,8 @@ def _write(run: Run, kind: Kind, folder: Path) -> str:
         write_json(folder / "generation_config.json", {
             "bos_token_id": shape["bos_token_id"], "eos_token_id": sorted(codec.ends), "pad_token_id": codec.pad,
             **({} if family.causal else _search(codec, options))})
-    write_tokenizer(codec, folder, kind.frame, config.max_length, shape["bos_token_id"], family.name == "bert")
+    write_tokenizer(codec, folder, kind.frame, config.max_length, shape["bos_token_id"], family.name == "bert",
+                    "left" if family.causal else "right")
     return class_name(family, task)
 
 
@@ -228,7 +232,8 @@ def _search(codec: TextCodec, options: Any) -> dict[str, Any]:
 
 
 def write_tokenizer(
-    codec: TextCodec, folder: Path, frame: tuple[str, ...], longest: int, bos: int, segments: bool
+    codec: TextCodec, folder: Path, frame: tuple[str, ...], longest: int, bos: int, segments: bool,
+    padding: str,
 ) -> None:
     """tokenizer.json, tokenizer_config.json, special_tokens_map.json.
 
@@ -236,6 +241,7 @@ def write_tokenizer(
         frame: post-processing of a codec of our own; a foreign one keeps its own.
         bos: what a text begins with.
         segments: the model reads token types.
+        padding: "right"; "left" for models that go on with a text.
     """
     tokenizer = Tokenizer.from_str(codec.as_tokenizer().to_str())
     if frame and not isinstance(codec, ForeignCodec):
@@ -249,10 +255,11 @@ def write_tokenizer(
         names |= {"cls_token": names["bos_token"], "sep_token": names["eos_token"]}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest,
-        "clean_up_tokenization_spaces": False, "padding_side": "right",
+        "clean_up_tokenization_spaces": False, "padding_side": padding,
         "model_input_names": ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"], **names,
     }
     if codec.chat_template is not None:
+        config["chat_template"] = codec.chat_template  # where transformers before 4.50 looks
         write_atomic(folder / "chat_template.jinja", codec.chat_template)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", names)

@@ -18,7 +18,7 @@ import pytest
 from multihead import __version__, cli
 from multihead.errors import UserError
 
-VERBS = ("tasks", "init", "prepare", "build", "train", "evaluate", "predict", "serve", "doctor", "demo")
+VERBS = ("tasks", "init", "prepare", "build", "train", "evaluate", "predict", "serve", "export", "doctor", "demo")
 RECIPE = """task: text-classification
 data: {train: reviews.csv}
 options: {max_tokens: 16}
