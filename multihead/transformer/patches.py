@@ -77,16 +77,17 @@ def patches(x_BCSS: Tensor, patch: int) -> Tensor:
 
 
 def conv_stem(channels: int, d_model: int, patch: int) -> nn.Sequential:
-    """(B, C, S, S) → (B, D, G, G): one 3×3 convolution at full size, one of stride 2 for each halving, and a 1×1.
+    """(B, C, S, S) → (B, D, G, G): a 3×3 convolution of stride 2 for each halving of the side, each twice as wide as
+    the one before it, the last D wide, and a 1×1.
 
     GroupNorm stands where Xiao et al. have BatchNorm, so that a picture's vectors do not depend on its batch.
     """
     halvings = patch.bit_length() - 1
-    widths = [max(16, d_model >> (halvings - i)) for i in range(halvings + 1)]
     layers: list[nn.Module] = []
     before = channels
-    for i, width in enumerate(widths):
-        layers += [nn.Conv2d(before, width, 3, stride=2 if i else 1, padding=1, bias=False),
+    for i in range(1, halvings + 1):
+        width = max(16, d_model >> (halvings - i))
+        layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
                    nn.GroupNorm(math.gcd(width, 8), width), nn.ReLU()]
         before = width
     return nn.Sequential(*layers, nn.Conv2d(before, d_model, 1))

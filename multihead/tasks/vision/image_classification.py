@@ -42,6 +42,7 @@ BINS = 15
 MISTAKES = 30
 SHOWN = 6  # pictures beside a pair of labels that are mixed up
 SAMPLE = 2000  # pictures from which size, mean and deviation are learned
+SHOWABLE = ("data:image/png", "data:image/jpeg", "data:image/webp")
 KEPT = 32 << 10  # characters of a picture that is kept as it is beside its encoding
 
 
@@ -332,7 +333,10 @@ class ImageClassification(Task):
     # -- serve --------------------------------------------------------------------------------------------------------
 
     def sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"image": self.kept(row)["image"]}
+        picture = row["image"]
+        if len(picture) > KEPT or not picture.startswith(SHOWABLE):
+            picture = thumbnail(picture, max(128, 2 * self.codec.size))
+        return {"image": picture}
 
     def request(self, body: Any) -> dict[str, Any]:
         """An object with ``image``, or the picture alone: a data URI; from Python also a `pathlib.Path`, the bytes of a

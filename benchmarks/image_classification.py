@@ -1,0 +1,258 @@
+"""Recognizing pictures: ours against transformers' ViT class, by turns in one run.
+
+    python benchmarks/image_classification.py [--part throughput|fashion-mnist|cifar10] [--json FILE] [--minutes N]
+
+The peer is `ViTForImageClassification` of the recipe's width, depth, heads, patch and batch in a plain AdamW loop
+(1e-3 with 5 % warm-up and a cosine to zero, decay 0.05 on matrices, clipped at 1), float32 as is its default, on the
+same pictures, normalized alike, mirrored and shifted as ours are and without further noise. Ours is the package's own
+`Trainer` with the shipped recipe.
+
+throughput: training steps of both in turn; what counts is the median of pictures a second, at the number of threads
+that is faster for each. First as each comes (ours in bfloat16 where the processor has instructions for it, with its
+convolutions, its noise and Muon), then at one precision: ours with a linear patch embedding and AdamW, as the peer has.
+
+fashion-mnist, cifar10: both train by turns of a minute, each for the same time on the clock (`--minutes`, by default
+40 and 60 minutes each, so that a run takes twice that), then answer the test part once. Validation is printed on the
+way and is part of ours' time alone, for its recipe asks for it. Nothing was chosen on the test part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for both sides: busy-waiting threads suffer from any neighbour
+os.environ.setdefault("MULTIHEAD_DATA", str(Path("../shared/data").resolve()))
+
+import numpy as np
+import torch
+from _common import Aim, arguments, finish
+from torch import Tensor
+
+from multihead import evaluate, prepare
+from multihead import recipe as recipes
+from multihead.data.store import Store
+from multihead.run import RunFolder
+from multihead.runtime import device
+from multihead.runtime.log import Log
+from multihead.task import find
+from multihead.train import Trainer
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "vision"
+FULL = {"throughput": 3.0, "fashion-mnist": 40.0, "cifar10": 60.0}
+AIMS = {"fashion-mnist": 0.935, "cifar10": 0.72}
+DEFAULT_RATIO, SAME_RATIO = 2.0, 1.15
+TURN = 60.0
+PEER: dict[str, Any] = {"lr": 1e-3, "warmup": 0.05, "weight_decay": 0.05, "betas": (0.9, 0.999), "clip": 1.0}
+
+
+class Peer:
+    """transformers' ViT class of the shape of `trainer`'s model, in a plain AdamW loop on the same rows."""
+
+    def __init__(self, trainer: Trainer, precision: torch.dtype = torch.float32) -> None:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        model, codec, task = trainer.recipe.model, trainer.task.codec, trainer.task  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=model.d_model, num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
+            intermediate_size=model.ff_size, image_size=codec.size, patch_size=task.options.patch,
+            num_channels=codec.channels, num_labels=len(task.labels), hidden_dropout_prob=0.0,  # type: ignore
+            attention_probs_dropout_prob=0.0)  # fmt: skip
+        self.model, self.codec, self.precision = ViTForImageClassification(config).train(), codec, precision
+        groups = [{"params": [p for p in self.model.parameters() if (p.dim() >= 2) is matrices], "weight_decay": decay}
+                  for matrices, decay in ((True, PEER["weight_decay"]), (False, 0.0))]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, lr=PEER["lr"], betas=PEER["betas"])
+        self.images = torch.from_numpy(np.array(trainer.examples.stream("image"))).view(-1, *_shape(codec))  # type: ignore[attr-defined]
+        self.labels = torch.from_numpy(np.array(trainer.examples.stream("label")))  # type: ignore[attr-defined]
+        self.batch, self.shift = trainer.settings.batch_size, round(task.options.shift * codec.size)
+        self.draw, self.step, self.threads = np.random.default_rng(0), 0, trainer.threads
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def normal(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.codec.mean, self.codec.std))
+        return (images.float() / 255 - mean) / std
+
+    def advance(self, done: float = 0.5) -> None:
+        """One step; `done`: the share of its time that has gone by."""
+        rate = min(1.0, done / PEER["warmup"]) if done < PEER["warmup"] else (
+            0.5 * (1 + math.cos(math.pi * min(1.0, (done - PEER["warmup"]) / (1 - PEER["warmup"])))))
+        for group in self.optimizer.param_groups:
+            group["lr"] = PEER["lr"] * max(rate, 1e-3)
+        rows = self.draw.integers(len(self.images), size=self.batch)
+        x = self.normal(self.images[rows])
+        if self.draw.random() < 0.5:  # a whole batch at a time, which costs it least
+            x = x.flip(-1)
+        moved = self.draw.integers(-self.shift, self.shift + 1, size=2).tolist()
+        x = torch.roll(x, moved, (-2, -1))
+        with torch.autocast("cpu", self.precision) if self.precision != torch.float32 else nullcontext():
+            loss = self.model(pixel_values=x, labels=self.labels[rows]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), PEER["clip"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    @torch.no_grad()
+    def accuracy(self, store: Store) -> float:
+        images = torch.from_numpy(np.array(store.stream("image"))).view(-1, *_shape(self.codec))
+        labels = torch.from_numpy(np.array(store.stream("label")))
+        self.model.eval()
+        guesses = [self.model(pixel_values=self.normal(part)).logits.argmax(-1) for part in images.split(256)]
+        self.model.train()
+        return float((torch.cat(guesses) == labels).float().mean())
+
+
+def _shape(codec: Any) -> tuple[int, int, int]:
+    return codec.channels, codec.size, codec.size
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def rates(sides: dict[str, Callable[[], None]], batch: int, seconds: float) -> dict[str, float]:
+    """Pictures a second of each side: by the median of its steps, sides in turn, each at its faster number of threads.
+    """
+    times: dict[tuple[str, int], list[float]] = {(name, n): [] for name in sides for n in {1, device.cores()}}
+    for work in sides.values():
+        work()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
+        for (name, threads), taken in times.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            sides[name]()
+            taken.append(time.perf_counter() - start)
+    return {name: batch / min(statistics.median(t) for (n, _), t in times.items() if n == name) for name in sides}
+
+
+def throughput(args: Any) -> int:
+    """Training speed: default against default, and at one precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.run_step(RECIPES / "fashion-mnist.yaml", ["train.minutes=null"], folder)
+        ours = {"ours": trainer("fashion-mnist", folder, []),
+                **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *PLAIN])
+                   for kind in ("float32", "bf16")}}  # fmt: skip
+        first = ours["ours"]
+        peers = {"peer, float32": Peer(first), "peer, bf16": Peer(first, torch.bfloat16)}
+        sides = {**{name: stepper(one) for name, one in ours.items()},
+                 **{name: one.advance for name, one in peers.items()}}  # fmt: skip
+        found = rates(sides, first.settings.batch_size, args.minutes * 60)
+        size = sum(p.numel() for p in first.model.parameters())
+    for name, rate in found.items():
+        print(f"{name:16} {rate:8.1f} pictures/s")
+    print(f"parameters: ours {size:,}, peer {peers['peer, float32'].parameters:,}")
+    aims = [_speed("as each comes", found["peer, float32"], found["ours"], DEFAULT_RATIO)]
+    aims += [_speed(kind, found[f"peer, {kind}"], found[f"ours, {kind}"], SAME_RATIO) for kind in ("float32", "bf16")]
+    return finish(args, aims, {"pictures_per_s": found, "recipe": first.recipe.plain(), "peer_settings": PEER})
+
+
+PLAIN = ["options.stem=linear", "train.optimizer=adamw"]
+
+
+def _speed(name: str, peer: float, ours: float, least: float) -> Aim:
+    print(f"{name}: {ours / peer:.2f} ×")
+    return Aim(f"training, {name}", peer, ours, "pictures/s", f"ours ≥ {least:g} × peer", ours >= least * peer)
+
+
+def stepper(one: Trainer) -> Callable[[], None]:
+    """A step of `one` at each call, its moving average of the weights included."""
+    steps = itertools.count()
+
+    def step() -> None:
+        one._update(next(steps))
+        if one.ema is not None:
+            one.ema.update()
+
+    return step
+
+
+def trainer(recipe: str, run: str, overrides: Sequence[str]) -> Trainer:
+    """A trainer of a shipped recipe on data that was prepared in the folder `run`."""
+    path, folder = RECIPES / f"{recipe}.yaml", RunFolder.open(run)
+    resolved = recipes.load(path, ["train.minutes=null", "train.threads=1", *overrides], find=find)
+    task = prepare.make_task(resolved, path.parent)
+    task.load(folder.file("codec"))
+    return Trainer(resolved, task, folder, progress=False)
+
+
+# -- accuracy in a given time ------------------------------------------------------------------------------------------
+
+
+def accuracy(args: Any, part: str) -> int:
+    """Test accuracy of both after the same time."""
+    budget = args.minutes * 60
+    with tempfile.TemporaryDirectory() as temporary:
+        start = time.perf_counter()
+        place, overrides = Path(temporary) / "run", [f"train.minutes={args.minutes * 0.95:.3f}"]
+        with prepare.begin(RECIPES / f"{part}.yaml", overrides, place, False) as (run, recipe, task, _):
+            ours = Trainer(recipe, task, run, progress=False)
+            spent = {"ours": time.perf_counter() - start, "peer": 0.0}  # preparing is ours to pay for
+            peer = Peer(ours)
+            print(f"ours: {ours.steps} steps, {ours.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
+            with Log(run.file("log.jsonl"), 0) as log:
+                curve = compete(ours, peer, log, spent, budget)
+            with ours.ema.swapped() if ours.ema is not None else nullcontext():
+                ours._keep_weights({})
+            test = Store(run.file("data/test"))
+            peers = peer.accuracy(test)
+            with ours.ema.swapped() if ours.ema is not None else nullcontext():
+                found = evaluate.score_part(task, ours.model, test, batch_size=128)
+        steps = {"ours": ours.step, "peer": peer.step}
+    print(f"test: ours {found['accuracy']:.4f} after {ours.step} steps, peer {peers:.4f} after {peer.step} steps")
+    minutes = f"{args.minutes:g} minutes"
+    aims = [
+        Aim(f"{part}: test accuracy, {minutes}", None, found["accuracy"], "share", f"≥ {AIMS[part]}",
+            found["accuracy"] >= AIMS[part]),
+        Aim(f"{part}: beside the peer, {minutes}", peers, found["accuracy"], "share", "ours > peer",
+            found["accuracy"] > peers),
+        Aim(f"{part}: time of ours", budget, spent["ours"], "s", "within the budget", spent["ours"] <= budget * 1.01),
+    ]  # fmt: skip
+    return finish(args, aims, {"curve": curve, "test": found, "steps": steps, "recipe": recipe.plain()})
+
+
+def compete(ours: Trainer, peer: Peer, log: Log, spent: dict[str, float], budget: float) -> list[dict[str, float]]:
+    """Turns of a minute until ours is through and the peer has had the budget; validation accuracy on the way."""
+    assert ours.valid is not None
+    curve, every = [], max(1, ours.steps // 10)
+    while ours.step < ours.steps or spent["peer"] < budget:
+        torch.set_num_threads(ours.threads)
+        start = time.perf_counter()
+        while ours.step < ours.steps and time.perf_counter() - start < TURN:
+            ours._one(log)
+            if ours.step % every == 0 or ours.step == ours.steps:
+                ours._evaluate(log)
+                spent["ours"] += time.perf_counter() - start
+                curve.append({"seconds": spent["ours"], "step": ours.step, "accuracy": ours.best["value"]})
+                print(f"  ours {spent['ours'] / 60:5.1f} min  best validation {ours.best['value']:.4f}", flush=True)
+                start = time.perf_counter()
+        spent["ours"] += time.perf_counter() - start
+        start = time.perf_counter()
+        while spent["peer"] + time.perf_counter() - start < budget and time.perf_counter() - start < TURN:
+            peer.advance((spent["peer"] + time.perf_counter() - start) / budget)
+        spent["peer"] += time.perf_counter() - start
+    print(f"  peer {spent['peer'] / 60:5.1f} min  validation {peer.accuracy(Store(ours.valid.folder)):.4f}", flush=True)  # type: ignore[attr-defined]
+    return curve
+
+
+def main() -> int:
+    parser = [("--part", {"choices": list(FULL), "default": "throughput", "help": "what to measure"})]
+    part = next((b for a, b in itertools.pairwise(sys.argv) if a == "--part"), "throughput")
+    args = arguments(__doc__, FULL.get(part, 1.0), parser)
+    return throughput(args) if args.part == "throughput" else accuracy(args, args.part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
