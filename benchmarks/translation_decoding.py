@@ -2,8 +2,9 @@
 
 A run of ``recipes/language/translation.yaml`` (``--run``, or one trained for a few minutes first), and its weights in
 transformers' Pegasus class, which has the same block; both in float32. Sentences of Multi30k's validation set, one at a
-time and 32 at a time, greedily and with 5 beams, at most 60 new tokens. Each side runs in a process of its own with two
-threads; they take turns; the figure is the median of the ratios of neighbouring turns. All translations are compared.
+time and 32 at a time, greedily and with 5 beams, at most 60 new tokens. Each side runs in a process of its own, by
+default with two threads; they take turns; the figure is the median of the ratios of neighbouring turns. All
+translations are compared.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from _common import Aim, arguments, finish
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MULTIHEAD_DATA", ROOT.parent / "shared" / "data")) / "multi30k"
 CASES = [(rows, beam) for rows in (1, 32) for beam in (1, 5)]
-TURN = {1: 8, 32: 96}
+TURN = {1: 4, 32: 64}
 """Sentences of one turn, by rows at a time."""
 NEW = 60
 TIMES = 3.0
 
 
-def work(side: str, run: str) -> None:
+def work(side: str, run: str, threads: int) -> None:
     """One side: reads ``[rows, beam, first]`` lines, answers ``[seconds, ids of each sentence]`` lines."""
     import torch
 
     from multihead.build import open_run
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(threads)
     opened = open_run(run)
     model: Any = opened.model.float()
     with gzip.open(DATA / "val.en.gz", "rt", encoding="utf-8") as file:
@@ -84,12 +85,10 @@ def theirs(model: Any) -> Any:
 class Side:
     """One side's process."""
 
-    def __init__(self, name: str, run: str) -> None:
+    def __init__(self, name: str, run: str, threads: int) -> None:
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--side", name, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=quiet,
-        )  # fmt: skip
+        command = [sys.executable, __file__, "--side", name, run, str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
 
     def turn(self, rows: int, beam: int, first: int) -> tuple[float, list[list[int]]]:
         assert self.process.stdin and self.process.stdout
@@ -106,9 +105,9 @@ class Side:
         self.process.wait()
 
 
-def measure(run: str, minutes: float) -> dict[tuple[int, int], dict[str, Any]]:
+def measure(run: str, minutes: float, threads: int) -> dict[tuple[int, int], dict[str, Any]]:
     """Rounds of all cases until the time is over, at least three."""
-    sides = {"peer": Side("peer", run), "ours": Side("ours", run)}
+    sides = {name: Side(name, run, threads) for name in ("peer", "ours")}
     found: dict[tuple[int, int], dict[str, Any]] = {
         case: {"peer": [], "ours": [], "ratio": [], "same": 0, "sentences": 0, "differ": []} for case in CASES
     }
@@ -147,10 +146,13 @@ def trained(folder: str) -> str:
 
 
 def main() -> int:
-    extra = [("--run", {"metavar": "FOLDER", "help": "a run of recipes/language/translation.yaml"})]
+    extra = [
+        ("--run", {"metavar": "FOLDER", "help": "a run of recipes/language/translation.yaml"}),
+        ("--threads", {"type": int, "default": 2, "metavar": "N", "help": "threads of each side; default 2"}),
+    ]
     args = arguments(__doc__, minutes=4, extra=extra)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(args.run or trained(folder), args.minutes)
+        found = measure(args.run or trained(folder), args.minutes, args.threads)
     aims = []
     for (rows, beam), case in found.items():
         speed = {side: TURN[rows] / statistics.median(case[side]) for side in ("peer", "ours")}
@@ -163,11 +165,11 @@ def main() -> int:
     same, total = (sum(case[key] for case in found.values()) for key in ("same", "sentences"))
     aims.append(Aim("the same translation", total, same, "sentences", "all", same == total))
     cases = {f"{rows} rows, beam {beam}": case for (rows, beam), case in found.items()}
-    return finish(args, aims, {"cases": cases, "new_tokens": NEW})
+    return finish(args, aims, {"cases": cases, "new_tokens": NEW, "threads": args.threads})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:
-        work(sys.argv[2], sys.argv[3])
+        work(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
         raise SystemExit(main())
