@@ -91,7 +91,7 @@ class ForeignCodec(TextCodec):
         chat_template: str | None = None,
         family: str = "",
     ) -> None:
-        self.family = family
+        self.family, self._roles = family, {role: roles.get(role) for role in ROLES}
         self.kind, self.normalize, self._tokenizer, self._size = "hf", None, tokenizer, size
         added = tokenizer.get_added_tokens_decoder()
         self._special = {i: token for i, token in added.items() if token.special}
@@ -281,8 +281,7 @@ class ForeignCodec(TextCodec):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` and, beside it, what else is known: ``foreign.json``."""
         folder = Path(folder)
-        held = {"size": self._size, "pad": self.pad, "unk": self.unk, "bos": self.bos, "eos": self.eos,
-                "mask": self.mask, "ends": sorted(self.ends), "chat_template": self.chat_template,
+        held = {"size": self._size, **self._roles, "ends": sorted(self.ends), "chat_template": self.chat_template,
                 "family": self.family}
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((BPE_FILE, self.as_tokenizer().to_str(pretty=True)),

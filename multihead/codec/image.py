@@ -28,8 +28,10 @@ MAX_PIXELS = 1 << 26
 """Most pixels of one picture (67 million), for what it takes in memory while it is decoded."""
 MAX_SIDE = 64
 """Largest side that is chosen where a recipe names none."""
+SMALL = 64
+"""Side up to which a small copy of a picture keeps every pixel as it is."""
 _GREY = ("1", "L", "LA", "La", "I", "F")
-_WHITES = (255, 1023, 4095, 16383, 65535)
+_WHITES = (1, 255, 1023, 4095, 16383, 65535)
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -127,12 +129,12 @@ class ImageCodec:
         Raises:
             UserError: no picture that can be decoded.
         """
-        sides, grey, deepest = [], True, 0
+        sides, grey, deepest = [], True, 0.0
         for picture in pictures:
             try:
                 image = open_picture(from_uri(picture))
                 if is_deep(image):
-                    deepest = max(deepest, int(np.max(np.nan_to_num(np.asarray(image)))))
+                    deepest = max(deepest, float(np.max(np.nan_to_num(np.asarray(image)))))
             except UserError:
                 continue
             except Exception:
@@ -244,5 +246,6 @@ def thumbnail(picture: str, side: int = 64) -> str:
     from multihead.data.images import to_uri
 
     with io.BytesIO() as file:
-        plain.save(file, "PNG")
+        small = max(plain.size) <= SMALL  # as it is; of a larger one, a file that is small
+        plain.save(file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 90}))
         return to_uri(file.getvalue())[0]

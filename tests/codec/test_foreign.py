@@ -163,6 +163,7 @@ def test_saved_and_loaded_it_is_the_same(codecs: Any, kind: str, tmp_path: Path)
         assert getattr(again, name) == getattr(codec, name), name
     text = peers.TEXTS[0]
     assert again.frame(again.encode(text)).tolist() == codec.frame(codec.encode(text)).tolist()
+    assert (again._forbidden, again._instead) == (codec._forbidden, codec._instead)
     (tmp_path / "foreign.json").write_text("{")
     with pytest.raises(UserError, match="prepare"):
         TextCodec.load(tmp_path)
