@@ -160,6 +160,19 @@ def test_loss_and_answer_over_windows_are_those_counted_by_hand(no_answer: bool)
         assert said["answer"] is None and said["best"] == found["answer"]
 
 
+def test_hidden_tokens_leave_the_rest_as_it_is() -> None:
+    made = fitted([row(LONG, ASKED, LONG[2:4])], hidden=0.3)
+    example = made.encode(row(LONG, ASKED, LONG[2:4]))
+    hidden = np.zeros(len(LONG))
+    for i in range(400):
+        noisy = made.augment(example, np.random.default_rng(i))
+        changed = noisy["context"] != example["context"]
+        assert (noisy["context"][changed] == made.codec.unk).all() and noisy["context"].dtype == np.int32
+        assert all(np.array_equal(noisy[key], example[key]) for key in ("spans", "text", "overlap", "target"))
+        hidden += changed
+    assert np.abs(hidden / 400 - 0.3).max() < 0.1
+
+
 def test_an_answer_longer_than_a_window_is_learned_from_its_ends() -> None:
     rows = [row(LONG, ASKED, LONG[5:35])]
     made = fitted(rows)

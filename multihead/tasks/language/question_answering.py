@@ -111,6 +111,9 @@ class QuestionAnswering(Task):
         other_windows: float = Field(1.0, ge=0)
         """In training a passage is read through one window with the answer and, on average, so many others.
         训练时每个段落读一个含答案的窗口，另外平均再读这么多个其他窗口。"""
+        hidden: float = Field(0.0, ge=0, lt=1)
+        """Share of tokens hidden in training, so that no single word decides; for small data and models from scratch.
+        训练时随机遮住的词元比例，使结果不依赖单个词；适合小数据和从头训练的模型。"""
         overlap: bool = True
         """Tell the model which tokens of the passage stand in the question; a small model gains much by it.
         告诉模型段落中哪些词元也出现在问题里；小模型由此获益很大。"""
@@ -240,7 +243,11 @@ class QuestionAnswering(Task):
         return store.lengths("context")
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """Of a passage of several windows: one around the answer, cut anywhere, and some without it."""
+        """Hide tokens; of a passage of several windows, one around the answer, cut anywhere, and some without it."""
+        if self.options.hidden:
+            mask = self.codec.unk if self.codec.mask is None else self.codec.mask
+            hide = {key: rng.random(len(example[key])) < self.options.hidden for key in ("question", "context")}
+            example = example | {key: np.where(hide[key], mask, example[key]).astype(np.int32) for key in hide}
         starts, length = example["windows"], len(example["context"])
         if len(starts) == 1:
             return example
