@@ -140,7 +140,8 @@ def rates(sides: dict[str, Callable[[], None]], batch: int, seconds: float) -> d
 
 def throughput(args: Any) -> int:
     """Training speed: default against default, and at one precision."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(Path(temporary) / "run")
         prepare.run_step(RECIPES / "fashion-mnist.yaml", ["train.minutes=null"], folder)
         ours = {"ours": trainer("fashion-mnist", folder, []),
                 **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *PLAIN])
@@ -204,8 +205,6 @@ def accuracy(args: Any, part: str) -> int:
             print(f"ours: {ours.steps} steps, {ours.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
             with Log(run.file("log.jsonl"), 0) as log:
                 curve = compete(ours, peer, log, spent, budget)
-            with ours.ema.swapped() if ours.ema is not None else nullcontext():
-                ours._keep_weights({})
             test = Store(run.file("data/test"))
             peers = peer.accuracy(test)
             with ours.ema.swapped() if ours.ema is not None else nullcontext():
