@@ -65,6 +65,7 @@ class Bench:
 
     def __init__(self, folder: Path, scale: float) -> None:
         self.folder, self.scale = folder, scale
+        self.sizes: list[str] = []
 
     def run(self, recipe: Path, name: str, *overrides: str) -> tuple[Any, float]:
         """A trained run and the seconds its training took."""
@@ -74,13 +75,20 @@ class Bench:
         return made, time.perf_counter() - began
 
     def pretrained(self) -> float:
-        return self.run(PRETRAINING, "pretrained")[1]
+        """Seconds of the pretraining, whose sizes the fresh runs take too."""
+        run, seconds = self.run(PRETRAINING, "pretrained")
+        model = run.recipe.plain()["model"]
+        self.sizes = [f"model.{key}={json.dumps(value)}" for key, value in model.items() if value is not None]
+        self.sizes.append(f"options.vocab_size={run.recipe.options.vocab_size}")
+        return seconds
 
     def right(self, which: str, seed: int, pretrained: bool) -> tuple[np.ndarray, Any, float]:
         """Which test rows a run has right, the run, and its training seconds."""
-        start = json.dumps(str(self.folder / "pretrained")) if pretrained else "null"
+        start = [f"model.from={json.dumps(str(self.folder / 'pretrained'))}"]
+        if not pretrained:  # the same sizes
+            start = ["model.from=null", *self.sizes]
         name = f"{which}-{'pretrained' if pretrained else 'fresh'}-{seed}"
-        run, seconds = self.run(RECIPES / f"{which}.yaml", name, f"model.from={start}", f"seed={seed}")
+        run, seconds = self.run(RECIPES / f"{which}.yaml", name, *start, f"seed={seed}")
         rows = list(run.store("test").rows())
         given = [answer["label"] for answer in run.predict([row["text"] for row in rows])]
         return np.array([a == row["label"] for a, row in zip(given, rows, strict=True)]), run, seconds
