@@ -18,6 +18,7 @@ is resampled in pairs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -42,6 +43,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "language"
 DATA = Path(os.environ.get("MULTIHEAD_DATA", "../shared/data")).resolve()
 CHOSEN_ON = 600  # questions that the peer is chosen on
 ABOVE = 10.0
+REACH = 40  # words within which a shared word counts as near
 BERT = (65.5, 84.5)  # EM and F1 on CMRC dev of BERT-base-Chinese trained on the 10k train part (Cui et al. 2019, wwm)
 FULL_MINUTES = 60.0
 
@@ -87,8 +89,7 @@ class Words:
         return passage[spans[first, 0] : spans[last, 1]]
 
     def _nearest(self, shared: np.ndarray, part: np.ndarray, size: int, lean: float) -> tuple[int, int]:
-        place = np.arange(len(shared))
-        near = np.exp(-np.abs(place[:, None] - place) / 8) @ shared
+        near = np.convolve(shared, np.exp(-np.abs(np.arange(-REACH, REACH + 1)) / 8))[REACH : REACH + len(shared)]
         sums, own = (np.concatenate(([0.0], np.cumsum(x))) for x in (near, shared > 0))
         value = (sums[size:] - sums[:-size]) / size * (1 - lean * (own[size:] - own[:-size]) / size)
         value *= np.where(part[size - 1 :] == part[: len(part) - size + 1], 1.0, 0.6)
@@ -102,6 +103,7 @@ KINDS = [
 ]
 
 
+@functools.lru_cache(4096)
 def units(text: str) -> tuple[list[str], np.ndarray]:
     """Words, Chinese by characters, and where they stand: (T,) and (T, 2)."""
     found = list(_UNIT.finditer(text))
@@ -149,9 +151,11 @@ def measure(name: str, run: Any, known: list[Row], took: float, minutes: float) 
     replies = run.predict([{"question": row["question"], "context": row["context"]} for row in asked])
     seconds = time.perf_counter() - began
     exact, f1 = marks([reply["answer"] or "" for reply in replies], asked, rules)
-    told: dict[str, Any] = {"questions": len(asked), "rules": rules, "minutes of training": took, "seconds of answering": seconds,
-            "peer": list(best), "exact": interval(exact), "f1": interval(f1), "peer exact": interval(peer_exact),
-            "peer f1": interval(peer_f1), "f1 above the peer": interval(f1 - peer_f1)}  # fmt: skip
+    told: dict[str, Any] = {
+        "questions": len(asked), "rules": rules, "minutes of training": took, "seconds of answering": seconds,
+        "peer": list(best), "exact": interval(exact), "f1": interval(f1), "peer exact": interval(peer_exact),
+        "peer f1": interval(peer_f1), "f1 above the peer": interval(f1 - peer_f1),
+    }  # fmt: skip
     for key in ("exact", "f1", "peer exact", "peer f1", "f1 above the peer"):
         value, low, high = told[key]
         print(f"  {key}: {value:.1f} ({low:.1f} … {high:.1f})", flush=True)
