@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from multihead.data.images import from_uri
+from multihead.data.images import from_uri, to_uri
 from multihead.errors import UserError, tr
 from multihead.run import write_json
 
@@ -243,8 +243,6 @@ def thumbnail(picture: str, side: int = 64) -> str:
             plain.thumbnail((side, side), Image.Resampling.BICUBIC)
     except Exception:
         return ""
-    from multihead.data.images import to_uri
-
     with io.BytesIO() as file:
         small = max(plain.size) <= SMALL  # as it is; of a larger one, a file that is small
         plain.save(file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 90}))

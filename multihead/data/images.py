@@ -198,6 +198,14 @@ def refuse_splits(labels: Sequence[str | None], where: str) -> None:
                            f"data.valid、data.test 同理"), where)
 
 
+def _common(names: Sequence[str]) -> str:
+    """What messages call several files: the folder they share, else the first of them."""
+    try:
+        return (os.path.commonpath(names) if len(names) > 1 else "") or names[0]
+    except ValueError:  # relative and absolute ones
+        return names[0]
+
+
 class Files:
     """Picture files; each file's folder is its label."""
 
@@ -206,7 +214,7 @@ class Files:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self.labels = labels_of([source.name for source in self.sources])
-        self.name = os.path.commonpath([s.name for s in self.sources]) if len(self.sources) > 1 else sources[0].name
+        self.name = _common([source.name for source in self.sources])
 
     def __iter__(self) -> Iterator[Found]:
         for source, label in zip(self.sources, self.labels, strict=True):

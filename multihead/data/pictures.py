@@ -13,7 +13,7 @@ from typing import Any
 from multihead.data import images
 from multihead.data.archives import is_archive, members
 from multihead.data.columns import Column, Matched, Row, convert
-from multihead.data.files import Paths, Source, find_sources, read_head
+from multihead.data.files import Paths, Source, find_sources, os_error, read_head
 from multihead.data.formats import Format, Record
 from multihead.data.images import Files, Found, Idx
 from multihead.data.rows import FileOf, Rows, _look, _records
@@ -94,23 +94,22 @@ def _try(look: Callable[[Any], FileOf], given: Sequence[Any], found: list[FileOf
 
 
 def _kind(source: Source) -> str:
-    """What a file is by its first bytes: "picture", "idx", "archive" or "other"."""
-    with open(source.path, "rb") as file:
-        head = file.read(images.HEAD)
+    """What a file is by its first bytes: "picture", "idx", "archive" or "other". What is only called like a picture is
+    one that cannot be read."""
+    try:
+        with open(source.path, "rb") as file:
+            head = file.read(262)
+    except OSError as error:
+        raise os_error(source.name, error) from None
     if images.kind_of(head):
         return "picture"
-    if head[:2] not in (b"PK", b"\x1f\x8b", b"\0\0") and not _maybe_tar(source):
-        return "other"
+    named = "picture" if images.looks_like_path(source.name) else "other"
+    if head[:2] not in (b"PK", b"\x1f\x8b", b"\0\0") and head[257:] != b"ustar":
+        return named
     head, _ = read_head(source, 512)
     if is_archive(head):
         return "archive"
-    return "idx" if images.idx_shape(source, head) else "other"
-
-
-def _maybe_tar(source: Source) -> bool:
-    with open(source.path, "rb") as file:
-        file.seek(257)
-        return file.read(5) == b"ustar"
+    return "idx" if images.idx_shape(source, head) else named
 
 
 def _columns(wanted: Wanted) -> tuple[Column, Column | None]:
@@ -167,11 +166,9 @@ def _look_archive(source: Source, wanted: Wanted) -> FileOf:
     names: list[str] = []
     others: list[Source] = []
     for name, content in members(source):
-        if content is None:
-            continue
-        if images.kind_of(content[: images.HEAD]):
+        if images.looks_like_path(name) or (content is not None and images.kind_of(content[: images.HEAD])):
             names.append(name)
-        elif len(others) < _TABLES and 0 < len(content) <= _TABLE_BYTES:
+        elif content is not None and len(others) < _TABLES and 0 < len(content) <= _TABLE_BYTES:
             others.append(Source(source.path, f"{source.name}/{name}", content=content))
     faults: list[Problem] = []
     for other in others:

@@ -193,7 +193,10 @@ def test_faulty_files_are_rejected_rows_with_their_place(tmp_path: Path) -> None
         "path,label\nd/cat/1.pgm,a\nd/none.jpg,b\nhttps://example.org/x.jpg,c\n../t.csv,d\nd/dog/fake.jpg,e\n")
     rows = open_rows("t.csv", COLUMNS, base=tmp_path)
     assert len(list(rows)) == 1 and [p.where for p in rows.rejected] == [f"t.csv:{n}" for n in (3, 4, 5, 6)]
-    assert "JPEG, PNG" in refused("d/dog/fake.jpg", tmp_path)
+    for paths, broken in (("d", 2), (str(zipped(tmp_path / "d.zip", {**FILES, "dog/4.jpg": b"<html>"})), 1)):
+        rows = open_rows(paths, COLUMNS, base=tmp_path)
+        assert held(rows) == EXPECTED and rows.rejected_count == broken
+        assert all(p.where.endswith(".jpg") for p in rows.rejected)
     assert "SVG" in refused(str(write(tmp_path / "s", {"x.svg": b"<svg/>"})), tmp_path)
 
 

@@ -98,6 +98,21 @@ def filler() -> tuple[FillMask, nn.Module]:
     return task, task.model(config).eval()
 
 
+def eye(folder: Path) -> tuple[Any, nn.Module, Path]:
+    """A classifier of pictures of random weights, and a picture's file in `folder`. Needs pillow."""
+    from PIL import Image
+
+    from multihead.data.images import read_file
+    from multihead.tasks.vision.image_classification import ImageClassification
+
+    task, files = ImageClassification(), [folder / "a.png", folder / "b.png"]
+    for value, file in zip((40, 200), files, strict=True):
+        Image.new("L", (16, 12), value).save(file)
+    task.fit([{"image": read_file(file)[0], "label": file.stem} for file in files])
+    torch.manual_seed(4)
+    return task, task.model(TransformerConfig(d_model=32, num_layers=1, num_heads=2)).eval(), files[0]
+
+
 def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) -> list[Served]:
     """The models called `names`."""
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import threading
@@ -21,12 +22,12 @@ NASTY = "<img src=x onerror=\"document.title='broken'\"><script>document.title='
 
 
 @contextlib.contextmanager
-def serving(**settings) -> Iterator[tuple[str, object]]:
+def serving(*more: Served, **settings) -> Iterator[tuple[str, object]]:
     """A server in a thread of this process: its address and its application."""
     writer = Served("writer", *models.writer())
     mood = Served(NASTY, models.Mood(), models.Mean().eval(), examples=[NASTY, models.LINES[1]])
     filler = Served("filler", *models.filler(), examples=["<b>房<mask>很[MASK]</b>"])
-    app = create_app([writer, mood, filler], ServeSettings(**settings))
+    app = create_app([writer, mood, filler, *more], ServeSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     with listen("127.0.0.1", 0) as found:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
@@ -135,6 +136,36 @@ def test_gaps_are_filled_in_place(visit):
         page.locator("#card .go").click()
         page.wait_for_selector("#card .problem:not([hidden])")
         assert "<mask>" in page.locator("#card .problem").inner_text()
+
+
+def test_a_picture_is_dropped_chosen_or_tried(visit, tmp_path):
+    pytest.importorskip("PIL")
+    task, model, file = models.eye(tmp_path)
+    uri = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    with serving(Served("eye", task, model, examples=[{"image": uri}])) as (address, _):
+        page = visit(address)
+        page.locator("nav button").nth(3).click()
+        page.locator("#card .go").click()
+        assert "picture first" in page.locator("#card .problem").inner_text()
+        page.locator("input[type=file]").set_input_files(file)
+        page.wait_for_selector(".answer .bar")
+        assert page.locator(".answer img").get_attribute("src") == uri == page.locator(".drop img").get_attribute("src")
+        page.locator(".chips button").click()
+        page.wait_for_function("() => document.querySelectorAll('.answer').length === 2")
+        transfer = page.evaluate_handle("""(text) => {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), data = new DataTransfer();
+            data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+            return data;
+        }""", uri.partition(",")[2])
+        page.dispatch_event(".drop", "drop", {"dataTransfer": transfer})
+        page.wait_for_function("() => document.querySelectorAll('.answer').length === 3")
+        assert len(set(page.locator(".answer .label").all_inner_texts())) == 1
+        page.locator("summary").click()
+        assert len(page.locator("#curl").inner_text()) < 400
+        (tmp_path / "bad.png").write_bytes(b"no picture")
+        page.locator("input[type=file]").set_input_files(tmp_path / "bad.png")
+        page.wait_for_selector("#card .problem:not([hidden])")
+        assert "picture" in page.locator("#card .problem").inner_text()
 
 
 def test_a_locked_server_asks_for_its_key(visit):

@@ -365,3 +365,38 @@ def test_the_classifier_is_what_a_codec_and_options_say() -> None:
     model = PictureClassifier(TransformerConfig(d_model=16, num_layers=1, num_heads=2), codec, 5,
                               ImageClassification.Options(patch=8, stem="linear"))  # fmt: skip
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5) and model.input.length == 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_arithmetic_is_that_of_transformers_vit(channels: int) -> None:
+    """Random weights of transformers' ViT under our names give its logits."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=12, patch_size=4,
+        num_channels=channels, num_labels=5)).eval()  # fmt: skip
+    given = theirs.state_dict()
+    for value in given.values():
+        value.normal_(std=0.3)
+    config = TransformerConfig(d_model=24, num_layers=2, num_heads=3, d_ff=40, norm="layernorm", norm_eps=1e-12,
+                               activation="gelu", positions="learned", bias=True)  # fmt: skip
+    options = ImageClassification.Options(patch=4, stem="linear", pool="class")
+    ours = PictureClassifier(config, ImageCodec(12, channels, "crop", 255, [], []), 5, options).eval()
+    parts = {"attention.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+             "attention.out": ("attention.o_proj",), "attention_norm": ("layernorm_before",),
+             "feed_forward.up": ("mlp.fc1",), "feed_forward.down": ("mlp.fc2",),
+             "feed_forward_norm": ("layernorm_after",)}  # fmt: skip
+    taken = {"input.front": given["vit.embeddings.cls_token"][0],
+             "input.position": given["vit.embeddings.position_embeddings"][0],
+             "input.linear.weight": given["vit.embeddings.patch_embeddings.projection.weight"].flatten(1),
+             "input.linear.bias": given["vit.embeddings.patch_embeddings.projection.bias"]}  # fmt: skip
+    for kind in ("weight", "bias"):
+        taken[f"trunk.norm.{kind}"] = given[f"vit.layernorm.{kind}"]
+        taken[f"head.linear.{kind}"] = given[f"classifier.{kind}"]
+        for i in range(2):
+            taken |= {f"trunk.blocks.{i}.{name}.{kind}": torch.cat([given[f"vit.layers.{i}.{t}.{kind}"] for t in them])
+                      for name, them in parts.items()}  # fmt: skip
+    ours.load_state_dict(taken)
+    x = torch.randn(3, channels, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(pixel_values=x).logits, rtol=1e-4, atol=1e-4)

@@ -43,7 +43,7 @@ MISTAKES = 30
 SHOWN = 6  # pictures beside a pair of labels that are mixed up
 SAMPLE = 2000  # pictures from which size, mean and deviation are learned
 SHOWABLE = ("data:image/png", "data:image/jpeg", "data:image/webp")
-KEPT = 32 << 10  # characters of a picture that is kept as it is beside its encoding
+KEPT = 12 << 10  # characters of a picture that is kept as it is beside its encoding
 
 
 class PictureClassifier(nn.Module):
