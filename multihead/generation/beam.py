@@ -20,6 +20,7 @@ from multihead.transformer.cache import Cache
 
 NEVER = -1e9
 """Score of what is not there; finite, so that sums and comparisons with it stay plain."""
+CROWDED = 0.75
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Search:
         self.found: list[list[Hypothesis]] = [[] for _ in limits]
         self.who = torch.arange(B)
         """Which input each of the B that still go on is."""
+        self.live_B = torch.ones(B, dtype=torch.bool)
+        """Those that are not done; some of the others may still go along, unheeded."""
         self.limit_B = torch.tensor(limits)
         self.ids_BKT = torch.zeros(B, beam, longest, dtype=torch.long)
         self.score_BK = torch.full((B, beam), NEVER)
@@ -94,7 +97,7 @@ class Search:
             stay = self._stay()
             if not len(stay):
                 return self.found
-            if len(stay) < len(self.who):
+            if len(stay) <= CROWDED * len(self.who):  # not at every end: to leave means to copy what all others read
                 self._keep(stay)
                 token_BK, origin_BK = token_BK[stay], origin_BK[stay]
                 state.keep_memory(stay.to(device))
@@ -141,10 +144,11 @@ class Search:
         self.size_BK = torch.cat((self.size_BK, torch.full_like(self.size_BK, self.T + 1)), 1).gather(1, at_BK)
 
     def _stay(self) -> Tensor:
-        """Which of the B go on; the others are written down as done."""
+        """Which of the B go on; those that are newly done are written down."""
         worst_B = self.done_BK[:, -1]
         over_B = (worst_B > NEVER / 2) & (self.score_BK[:, 0] / self.T**self.penalty <= worst_B)
         over_B |= self.limit_B <= self.T
+        over_B &= self.live_B
         for b in over_B.nonzero().flatten().tolist():
             sizes = self.size_BK[b].tolist()
             for score, size, ids in zip(self.done_BK[b].tolist(), sizes, self.done_BKT[b], strict=True):
@@ -152,10 +156,11 @@ class Search:
                     written = ids[:size].tolist()
                     ended = written[-1] == self.eos
                     self.found[int(self.who[b])].append(Hypothesis(written[:-1] if ended else written, score, ended))
-        return (~over_B).nonzero().flatten()
+        self.live_B = self.live_B & ~over_B
+        return self.live_B.nonzero().flatten()
 
     def _keep(self, stay: Tensor) -> None:
-        for name in ("who", "limit_B", "ids_BKT", "score_BK", "done_BKT", "done_BK", "size_BK"):
+        for name in ("who", "live_B", "limit_B", "ids_BKT", "score_BK", "done_BKT", "done_BK", "size_BK"):
             setattr(self, name, getattr(self, name)[stay])
 
 

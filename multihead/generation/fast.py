@@ -28,6 +28,7 @@ from multihead.transformer.cache import Cache, Step
 from multihead.transformer.trunk import Attention, Block, Trunk, attention_mask
 
 Model = TypeVar("Model", bound=nn.Module)
+FEW_QUERIES = 8
 
 
 def prepared(model: Model, precision: str = "auto", rows: int | None = None) -> Model:
@@ -235,7 +236,8 @@ class PackedTrunk(nn.Module):
         sources = len(kv[0])
         q_BTHE = q_NX.view(sources, B // sources * T, self.config.num_heads, self.config.head_size)
         q_BTHE = q_BTHE if look.q_norm is None else look.q_norm(q_BTHE)
-        y_NX = fused(q_BTHE, *kv, memory_bias, causal=False)
+        few = q_BTHE.shape[1] <= FEW_QUERIES and kv[0].shape[1] == q_BTHE.shape[2]
+        y_NX = plain(q_BTHE, *kv, memory_bias) if few else fused(q_BTHE, *kv, memory_bias, causal=False)
         x_ND = x_ND + look.outward(y_NX)
         return x_ND if self.before else look.norm(x_ND)
 
@@ -359,6 +361,15 @@ class OneQuery(Cached):
         q_YGE = qkv_BTXE[:, :, :H].reshape(B * K, H // K, E)
         share_YGC = torch.baddbmm(self.bias_Y1C, q_YGE, self.keys_YEC[i], alpha=E**-0.5).softmax(-1)
         return torch.bmm(share_YGC, self.values_YCE[i]).view(B, H * E)
+
+
+def plain(q_BTHE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, bias_B11S: Tensor | None) -> Tensor:
+    """Attention of a few queries by two batched products, for which torch's kernel is not made: (N, H·E)."""
+    B, T, H, E = q_BTHE.shape
+    q_YTE = q_BTHE.transpose(1, 2).reshape(B * H, T, E)
+    bias = q_YTE.new_zeros(1) if bias_B11S is None else bias_B11S[:, 0].repeat_interleave(H, dim=0)
+    share_YTS = torch.baddbmm(bias, q_YTE, k_BHSE.flatten(0, 1).mT, alpha=E**-0.5).softmax(-1)
+    return torch.bmm(share_YTS, v_BHSE.flatten(0, 1)).view(B, H, T, E).transpose(1, 2).reshape(B * T, H * E)
 
 
 def fused(q_BTHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BHTS: Tensor | None, causal: bool) -> Tensor:
