@@ -13,7 +13,8 @@ USER_NAMES = ("user", "line", "userId", "uid", "customer", "customerId", "visito
               "会员", "会员ID", "买家", "会话")
 ITEM_NAMES = ("item", "itemId", "iid", "movieId", "movie", "productId", "product", "sku", "skuId", "asin", "goods",
               "goodsId", "videoId", "video", "newsId", "articleId", "article", "songId", "track", "trackId", "items",
-              "sequence", "物品", "物品ID", "商品", "商品ID", "商品编号", "产品", "电影", "视频", "文章", "歌曲")
+              "history", "sequence", "物品", "物品ID", "商品", "商品ID", "商品编号", "产品", "电影", "视频", "文章",
+              "歌曲")
 TIME_NAMES = ("time", "timestamp", "ts", "date", "datetime", "created_at", "unixReviewTime", "event_time",
               "click_time", "时间", "时间戳", "日期", "点击时间", "购买时间", "行为时间")
 RATING_NAMES = ("rating", "score", "stars", "overall", "评分", "分数", "打分", "星级")

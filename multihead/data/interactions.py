@@ -16,6 +16,7 @@ import numpy as np
 
 from multihead.data.columns import Column, Row
 from multihead.data.events import ITEM_NAMES, RATING_NAMES, TIME_NAMES, USER_NAMES
+from multihead.data.fastlog import read_fast
 from multihead.data.rows import Rows
 from multihead.data.store import Store
 from multihead.errors import Problem, UserError, tr
@@ -51,6 +52,9 @@ class Log:
     file's order.
     """
 
+    large = 4 << 20
+    """Bytes from which on a file is read by whole columns, if it can be."""
+
     def __init__(self, rows: Rows, filters: Filters, deduplicate: bool = True) -> None:
         self.rows, self.filters, self.deduplicate = rows, filters, deduplicate
         self.rejected: list[Problem] = []
@@ -78,6 +82,22 @@ class Log:
         return self
 
     def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self._at_once() or self._row_by_row()
+
+    def _at_once(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """The columns of one large regular file; None where the careful way has to be taken."""
+        files, none = self.rows.files, np.zeros(0)
+        if len(files) != 1 or files[0].stat().st_size < self.large:
+            return None
+        wanted = ["user", "item", "time", *(["rating"] if self.filters.min_rating is not None else [])]
+        found = read_fast(files[0], self.rows.guess["files"][0], wanted)
+        if found is None:
+            return None
+        (user, self.users), (item, self.items) = found["user"], found["item"]
+        self.count = len(item)
+        return user, item, found.get("time", none), found.get("rating", none)
+
+    def _row_by_row(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         users, items = dict[str, int](), dict[str, int]()
         user, item, time, rating = array("i"), array("i"), array("d"), array("d")
         timed = any("time" in about["mapping"] for about in self.rows.guess["files"])
@@ -219,6 +239,8 @@ class Histories:
 
     def __init__(self, log: Log, cut: Any, first: bool) -> None:
         self.log, self.cut, self.first = log, cut, first
+        self.also: list[Path] = []
+        """Further files that what is prepared depends on."""
         self.count = 0
         self.rejected: list[Problem] = []
         self.rejected_count = 0
@@ -226,7 +248,7 @@ class Histories:
     @property
     def files(self) -> list[Path]:
         """The files of the log; none where another part has told them."""
-        return self.log.rows.files if self.first else []
+        return [*(self.log.rows.files if self.first else ()), *self.also]
 
     @property
     def guess(self) -> dict[str, Any]:
@@ -254,9 +276,6 @@ class Histories:
             end, name = int(ends[user]), log.users[user]
             *history, item = log.names(user, 0, end + 1)
             yield Row({"user": name, "history": history, "item": item}, where=tr(f"user {name}", f"用户 {name}"))
-
-
-Split = Literal["last", "time", "random", "order", "group"]
 
 
 def histories(

@@ -14,6 +14,9 @@ import yaml
 
 from multihead import prepare, task
 from multihead import recipe as recipes
+from multihead.data import fastlog
+from multihead.data.interactions import EVENTS, RATING, Filters, Log
+from multihead.data.rows import open_rows
 from multihead.data.store import Store
 from multihead.errors import UserError
 from multihead.run import RunFolder
@@ -307,6 +310,7 @@ def test_a_text_of_several_ids_is_a_history() -> None:
     made = fitted()
     model = model_of(made)
     assert answer(made, model, {"history": "1 2,3"}) == answer(made, model, {"history": ["1", "2", "3"]})
+    assert answer(made, model, {"history": ["one id"]})["unknown"] == ["one id"]
 
 
 @pytest.mark.parametrize("row, ask, words", [
@@ -362,3 +366,47 @@ def test_a_round_is_learned_served_and_remembered(tmp_path: Path) -> None:
             assert refused.status_code == 422 and words in refused.text, refused.text
         assert client.post("/v1/predict", json={"input": {"history": []}, "k": 0}).status_code == 422
     assert run.predict(["i3 i4"], k=1)[0]["items"][0]["id"] == "i5"
+
+
+# -- large logs --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, large: int, min_rating: float | None = None) -> Log:
+    log = Log(open_rows(str(path), [*EVENTS, *([RATING] if min_rating is not None else [])]), Filters(min_rating))
+    log.large = large
+    return log.read()
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.tsv", "log.csv.gz", "log.parquet"])
+def test_whole_columns_are_read_as_row_by_row(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    held = [(f"u{u}", int(i), 10**9 + int(t), r / 2) for u, i, t, r in rng.integers(50, size=(2000, 4)).tolist()]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        columns = dict(zip(("user", "item", "time", "rating"), zip(*held, strict=True), strict=True))
+        pq.write_table(pa.table(columns), path)
+    else:
+        sign = "\t" if "tsv" in name else ","
+        lines = [sign.join(map(str, row)) for row in [("user", "item", "time", "rating"), *held]]
+        text = ("\n".join(lines) + "\n").encode()
+        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    monkeypatch.setattr(fastlog, "BLOCK", 4096)
+    fast = read(path, 0, 9)
+    monkeypatch.setattr(Log, "_row_by_row", lambda self: pytest.fail("read row by row"))
+    read(path, 0, 9)
+    monkeypatch.undo()
+    slow = read(path, 1 << 40, 9)
+    assert (fast.users, fast.items, fast.count, fast.left_out) == (slow.users, slow.items, slow.count, slow.left_out)
+    assert np.array_equal(fast.item, slow.item) and np.array_equal(fast.starts, slow.starts)
+    assert fast.time is not None and slow.time is not None and np.array_equal(fast.time, slow.time)
+
+
+@pytest.mark.parametrize("line", ["u1,,5", "u1,7", "u1,7,soon", ",7,5", "u1,7,5,6", "u1,[7],5", "u1,7,2024-01-02"])
+def test_whatever_is_irregular_is_read_row_by_row(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user,item,time\n" + "u1,8,3\nu2,9,4\n" * 20 + line + "\n")
+    fast, slow = read(path, 0), read(path, 1 << 40)
+    assert [str(p) for p in fast.rejected] == [str(p) for p in slow.rejected]
+    assert (fast.users, fast.items, fast.count) == (slow.users, slow.items, slow.count)
+    assert fast.rejected_count == (0 if line in ("u1,[7],5", "u1,7,2024-01-02") else 1)

@@ -38,6 +38,8 @@ from multihead.transformer.trunk import Trunk
 
 LIST = 20
 """Length of the lists that an evaluation keeps."""
+SAMPLES, SHOWN = 5, 5
+"""Users that the report shows, and items of each list."""
 MOST = 1000
 """Longest list that a request may ask for."""
 HISTORY_NAMES = ("items", "item", "sequence", "clicks", "viewed", "purchased", "历史", "历史记录", "浏览记录",
@@ -181,7 +183,9 @@ class SequentialRecommendation(Task):
         filters = Filters(o.min_rating, o.min_actions, o.min_users, o.repeats)
         shares = {"valid": data.split.valid, "test": data.split.test}
         found = histories(sources, filters, data.split.by, shares, data.deduplicate)
-        self._logs = [part.log for part in found.values()]
+        self._logs = [found[part].log for part in sources]
+        if o.items and "train" in found:
+            found["train"].also = [Path(o.items)]
         return dict(found)
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -243,7 +247,8 @@ class SequentialRecommendation(Task):
         if fault:
             raise UserError(fault)
         if len(ids) == 1 and ids[0] not in self.codec:
-            ids = ids[0].replace(",", " ").replace("，", " ").replace("|", " ").split()
+            parts = ids[0].replace(",", " ").replace("，", " ").replace("|", " ").split()
+            ids = parts if any(part in self.codec for part in parts) else ids
         return self.codec.encode(ids)
 
     def examples(self, store: Store, part: str) -> Sequence[Example]:
@@ -326,6 +331,8 @@ class SequentialRecommendation(Task):
         last_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), (lengths_B - 1).clamp(min=0)]
         with torch.autocast(last_BD.device.type, enabled=False):  # in bfloat16 many items would tie
             scores_BI = model.head(last_BD.float(), table_ID.float())  # type: ignore[operator]
+        if bool((lengths_B > 0).all()):
+            return scores_BI
         popular_I = torch.from_numpy(self.codec.counts).to(scores_BI).log()
         return torch.where((lengths_B > 0)[:, None], scores_BI, popular_I)
 
@@ -418,6 +425,22 @@ class SequentialRecommendation(Task):
             return found | dict.fromkeys(("coverage@10", "gini@10"), np.full(len(weights), np.nan))
         found["coverage@10"] = ranking.coverage(lists, len(self.codec))
         return found | {"gini@10": ranking.gini(ranking.exposure(lists, len(self.codec)))}
+
+
+    def figures(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Some histories with what was recommended and what came next, by title where there is one."""
+
+        def shown(names: Sequence[str]) -> str:
+            return " · ".join(str(self.codec.titles.get(name, {}).get("title", name)) for name in names)
+
+        chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLES).astype(int)).tolist() if len(rows) else []
+        found = [(rows[i], answers[i]) for i in chosen if rows[i].get("item")]
+        return {"samples": [{
+            "prompt": f"{tr('history', '历史')}: {shown(row['history'][-SHOWN:])}\n",
+            "text": f"{tr('recommended', '推荐')}: {shown(answer['items'][:SHOWN])}\n"
+                    f"{tr('came next', '实际')}: {shown([row['item']])} "
+                    f"({tr('place', '名次')} {answer['rank'] or '–'})",
+        } for row, answer in found]}  # fmt: skip
 
 
 def _forbid(scores_BI: Tensor, ids_BS: Tensor, lengths_B: Tensor) -> None:
