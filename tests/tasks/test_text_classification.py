@@ -219,8 +219,9 @@ def test_the_wide_reader_weighs_words_as_scikit_learn_does() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_the_wide_table_moves_by_the_sum_of_gradients() -> None:
-    made = fitted([{"text": GOOD, "label": "x"}, {"text": BAD, "label": "y"}], wide=(1,), label_smoothing=0.0)
+def test_the_wide_table_moves_by_its_rate_times_the_sum_of_gradients() -> None:
+    rows = [{"text": GOOD, "label": "x"}, {"text": BAD, "label": "y"}]
+    made = fitted(rows, wide=(1,), wide_rate=2, label_smoothing=0.0)
     model = made.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2, ngram_buckets=64))
     batch = made.collate([made.encode({"text": GOOD, "label": "x"}), made.encode({"text": BAD, "label": "y"})])
     made.loss(model, batch).total.backward()
@@ -228,7 +229,7 @@ def test_the_wide_table_moves_by_the_sum_of_gradients() -> None:
     optimizer = optim.build(model, optimizer="adamw", lr=0.1, batch_size=2)
     optim.clip(model.parameters(), None, 1 / 2)
     optimizer.step()
-    torch.testing.assert_close(table.detach(), -gradient)
+    torch.testing.assert_close(table.detach(), -2 * gradient)
 
 
 @pytest.mark.parametrize("pool", ["attention", "mean", "first"])

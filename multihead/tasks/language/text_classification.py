@@ -129,6 +129,9 @@ class TextClassification(Task):
         wide: tuple[int, ...] = (1, 2, 3)
         """Also read a text as a bag of n-grams of these lengths, weighed by tf-idf; [] reads it by the trunk alone.
         同时把文本当作这些长度的 n 元组的集合来读（tf-idf 加权）；[] 表示只用主干网络。"""
+        wide_rate: float = Field(1.0, gt=0)
+        """Step of the bag of n-grams for each row; 1 to 4, more where texts are long or epochs few.
+        n 元组部分每行的步长；1 到 4，文本较长或轮数较少时取大一些。"""
         share: float = Field(0.4, ge=0, le=1)
         """The trunk's share of the answer; the bag of n-grams, which is less sure of itself, has the rest.
         主干网络在结果中所占的比重；其余来自 n 元组（其把握通常较小）。"""
@@ -243,7 +246,8 @@ class TextClassification(Task):
             raise UserError(tr(f"options.max_tokens is {most}, beyond model.max_length {limit}",
                                f"options.max_tokens 是 {most}，超过了 model.max_length {limit}"))
         orders, classes = self.options.wide, len(self.labels)
-        wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes) if orders else None
+        rate = self.options.wide_rate
+        wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes, rate) if orders else None
         guess = bool(self.options.guess and self.options.hidden)
         o = self.options
         return Classifier(config, self.codec.vocab_size, classes, o.pool, o.head_dropout, wide, o.share, guess)
