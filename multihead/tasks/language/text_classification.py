@@ -129,7 +129,7 @@ class TextClassification(Task):
         wide: tuple[int, ...] = (1, 2, 3)
         """Also read a text as a bag of n-grams of these lengths, weighed by tf-idf; [] reads it by the trunk alone.
         同时把文本当作这些长度的 n 元组的集合来读（tf-idf 加权）；[] 表示只用主干网络。"""
-        wide_rate: float = Field(1.0, gt=0)
+        wide_rate: float = Field(3.0, gt=0)
         """Step of the bag of n-grams for each row; 1 to 4, more where texts are long or epochs few.
         n 元组部分每行的步长；1 到 4，文本较长或轮数较少时取大一些。"""
         share: float = Field(0.4, ge=0, le=1)
