@@ -1,4 +1,5 @@
-"""Where words begin: Chinese by jieba, which knows a dictionary; everything else by its blanks."""
+"""Where words begin: Chinese by jieba, which knows a dictionary; everything else by its blanks. And Chinese of both
+writings read as one."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import functools
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,3 +60,25 @@ def starts(text: str, spans: np.ndarray) -> np.ndarray:
     word_C = np.repeat(np.arange(len(words := cut(text))), [len(word) for word in words])
     word_T = word_C[np.minimum(spans[:, 0], len(word_C) - 1)] if len(spans) else np.zeros(0, dtype=np.int64)
     return np.diff(word_T, prepend=-1).clip(0, 1).astype(np.uint8)
+
+
+@functools.cache
+def simplifier() -> Callable[[str], str]:
+    """Traditional Chinese → simplified, character by character in place: offsets stay what they were.
+
+    Raises:
+        UserError: where OpenCC is not installed.
+    """
+    try:
+        import opencc
+    except ImportError:
+        raise UserError(tr("options.simplify needs OpenCC: pip install 'multihead[zh]'",
+                           "options.simplify 需要 OpenCC：请运行 pip install 'multihead[zh]'")) from None
+    convert = opencc.OpenCC("t2s").convert
+
+    def simplify(text: str) -> str:
+        simple = convert(text)
+        # Rarely a phrase changes its length: then each character for itself, which does not.
+        return simple if len(simple) == len(text) else "".join(convert(c)[:1] or c for c in text)
+
+    return simplify

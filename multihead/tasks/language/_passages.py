@@ -3,12 +3,9 @@ question holds, and how a long passage is cut into windows."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-from multihead.errors import UserError, tr
 
 LONGEST = 4
 """Runs of more tokens than this, in passage and question alike, count as this long."""
@@ -71,25 +68,3 @@ def _longer(keys: np.ndarray, ids: np.ndarray, n: int, base: int) -> np.ndarray:
     longer = keys[: len(ids) - n + 1] * base + ids[n - 1 :]
     longer[(keys[: len(ids) - n + 1] == 0) | (ids[n - 1 :] == 0)] = 0
     return longer
-
-
-@functools.cache
-def simplifier() -> Callable[[str], str]:
-    """Traditional Chinese → simplified, character by character in place: offsets stay what they were.
-
-    Raises:
-        UserError: where OpenCC is not installed.
-    """
-    try:
-        import opencc
-    except ImportError:
-        raise UserError(tr("options.simplify needs OpenCC: pip install 'multihead[zh]'",
-                           "options.simplify 需要 OpenCC：请运行 pip install 'multihead[zh]'")) from None
-    convert = opencc.OpenCC("t2s").convert
-
-    def simplify(text: str) -> str:
-        simple = convert(text)
-        # Rarely a phrase changes its length: then each character for itself, which does not.
-        return simple if len(simple) == len(text) else "".join(convert(c)[:1] or c for c in text)
-
-    return simplify

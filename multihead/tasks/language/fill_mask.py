@@ -29,7 +29,6 @@ from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import text as metrics
 from multihead.task import Answer, Batch, Example, Loss, Task
-from multihead.tasks.language._passages import simplifier
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import MaskedHead
 from multihead.transformer.inputs import TokenInput
@@ -118,7 +117,7 @@ class FillMask(Task):
         self.codec = TextCodec.fit(texts, self.options.tokenizer, self.options.vocab_size, (*SPECIAL, "<mask>"))
 
     def _text(self, row: dict[str, Any]) -> str:
-        return simplifier()(row["text"]) if self.options.simplify else row["text"]
+        return words.simplifier()(row["text"]) if self.options.simplify else row["text"]
 
     def encode(self, row: dict[str, Any]) -> Example:
         """``ids`` (T,): the text's own tokens, where ``<mask>`` or ``[MASK]`` is the mask; and with

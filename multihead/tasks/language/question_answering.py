@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multihead import task as base
+from multihead.codec import words
 from multihead.codec.text import TextCodec
 from multihead.data.rows import Column
 from multihead.data.store import Store
@@ -149,7 +150,7 @@ class QuestionAnswering(Task):
             yield self._read(row["question"])
 
     def _read(self, text: str) -> str:
-        return passages.simplifier()(text) if self.options.simplify else text
+        return words.simplifier()(text) if self.options.simplify else text
 
     def check(self, row: dict[str, Any], part: str) -> None:
         """A row to learn from has an answer that stands in its passage; to be measured on, the texts are enough."""
