@@ -196,6 +196,18 @@ class Task:
         return answer
 
 
+def check_room(option: str, length: int, config: Any) -> None:
+    """A `UserError` where ``options.<option>`` asks for a longer sequence than the model holds.
+
+    Args:
+        config: the `TransformerConfig`.
+    """
+    most = config.max_length
+    if length > most:
+        raise UserError(tr(f"options.{option} is {length}, beyond model.max_length {most}",
+                           f"options.{option} 是 {length}，超过了 model.max_length {most}"))
+
+
 def pad(examples: Sequence[Example]) -> Batch:
     """Each key padded with zeros to the longest: scalars (B,), arrays (B, longest, …) and ``<key>_lengths`` (B,)."""
     batch: Batch = {}

@@ -28,7 +28,7 @@ from multihead.data.rows import TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import text as metrics
-from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import MaskedHead
 from multihead.transformer.inputs import TokenInput
@@ -165,10 +165,7 @@ class FillMask(Task):
     # -- build --------------------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> MaskedModel:
-        if config.positions != "none" and config.max_length < self.options.context:
-            most, context = config.max_length, self.options.context
-            raise UserError(tr(f"options.context is {context}, beyond model.max_length {most}",
-                               f"options.context 是 {context}，超过了 model.max_length {most}"))
+        check_room("context", self.options.context, config)
         return MaskedModel(config, self.codec.vocab_size)
 
     @property

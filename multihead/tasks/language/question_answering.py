@@ -25,7 +25,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import answers as metrics
 from multihead.metrics.text import mean
-from multihead.task import Answer, Batch, Example, Loss, Task, pad
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room, pad
 from multihead.tasks.language import _passages as passages
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import TokenInput
@@ -234,10 +234,7 @@ class QuestionAnswering(Task):
     # -- build, train -------------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> Reader:
-        most, limit = self.options.max_tokens, config.max_length
-        if config.positions != "none" and limit < most:
-            raise UserError(tr(f"options.max_tokens is {most}, beyond model.max_length {limit}",
-                               f"options.max_tokens 是 {most}，超过了 model.max_length {limit}"))
+        check_room("max_tokens", self.options.max_tokens, config)
         return Reader(config, self.codec.vocab_size, self.options.overlap)
 
     def length(self, store: Store) -> np.ndarray:

@@ -27,7 +27,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import text as metrics
 from multihead.run import write_atomic, write_json
-from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import PoolHead, WideHead
 from multihead.transformer.inputs import TokenInput, ngram_hashes
@@ -241,10 +241,7 @@ class TextClassification(Task):
         self.idf = safetensors.numpy.load_file(folder / "idf.safetensors")["idf"]
 
     def model(self, config: TransformerConfig) -> Classifier:
-        most, limit = self.options.max_tokens, config.max_length
-        if limit < most:
-            raise UserError(tr(f"options.max_tokens is {most}, beyond model.max_length {limit}",
-                               f"options.max_tokens 是 {most}，超过了 model.max_length {limit}"))
+        check_room("max_tokens", self.options.max_tokens, config)
         orders, classes = self.options.wide, len(self.labels)
         rate = self.options.wide_rate
         wide = WideHead(orders, torch.from_numpy(self.idf.copy()), classes, rate) if orders else None

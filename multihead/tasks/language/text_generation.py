@@ -25,7 +25,7 @@ from multihead.data.rows import Column
 from multihead.data.store import Store, Windows
 from multihead.errors import UserError, tr
 from multihead.generation.loop import Emitter
-from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room
 from multihead.transformer.cache import Cache
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import TokenHead
@@ -158,11 +158,7 @@ class TextGeneration(Task):
         self.codec = TextCodec.load(folder)
 
     def model(self, config: TransformerConfig) -> LanguageModel:
-        if config.positions != "none" and config.max_length < self.options.context:
-            raise UserError(
-                tr(f"options.context is {self.options.context}, beyond model.max_length {config.max_length}",
-                   f"options.context 是 {self.options.context}，超过了 model.max_length {config.max_length}")
-            )
+        check_room("context", self.options.context, config)
         return LanguageModel(config, self.codec.vocab_size, self.options.tied)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

@@ -25,7 +25,7 @@ from multihead.generation.beam import Hypothesis, beam_search
 from multihead.generation.fast import prepared
 from multihead.generation.seq2seq import EncoderDecoder
 from multihead.metrics.translation import TranslationScores, sacrebleu
-from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.losses import vocabulary_loss
 
@@ -161,11 +161,7 @@ class Translation(Task):
     # -- build and train ----------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> EncoderDecoder:
-        if config.positions != "none" and config.max_length < self.options.max_tokens:
-            raise UserError(tr(
-                f"options.max_tokens is {self.options.max_tokens}, beyond model.max_length {config.max_length}",
-                f"options.max_tokens 是 {self.options.max_tokens}，超过了 model.max_length {config.max_length}",
-            ))
+        check_room("max_tokens", self.options.max_tokens, config)
         target = self.target_codec
         return EncoderDecoder(
             config, self.codec.vocab_size, target.vocab_size, pad=target.pad, bos=target.bos, eos=target.eos,

@@ -30,7 +30,7 @@ from multihead.data.interactions import EVENTS, RATING, Filters, Slices, histori
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.metrics import ranking
-from multihead.task import Answer, Batch, Example, Loss, Task, pad
+from multihead.task import Answer, Batch, Example, Loss, Task, check_room, pad
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.losses import vocabulary_loss
@@ -283,10 +283,7 @@ class SequentialRecommendation(Task):
     # -- build --------------------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> NextItem:
-        most, limit = self.options.max_items, config.max_length
-        if limit < most:
-            raise UserError(tr(f"options.max_items is {most}, beyond model.max_length {limit}",
-                               f"options.max_items 是 {most}，超过了 model.max_length {limit}"))
+        check_room("max_items", self.options.max_items, config)
         return NextItem(config, len(self.codec), self.codec.features, len(self.codec.feature_names))
 
     # -- train --------------------------------------------------------------------------------------------------------
