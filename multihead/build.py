@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from multihead import recipe as recipes
-from multihead.codec.text import LabelCodec
 from multihead.data.store import Store
 from multihead.errors import Problem, UserError, tr
 from multihead.prepare import make_task
@@ -50,7 +49,7 @@ def training_model(task: Task, recipe: Recipe, fresh: bool = True) -> tuple[nn.M
     model = make_model(task, recipe)
     taken = None
     if fresh and task.origin is not None:
-        taken = take(model, task.origin, [] if same_classes(task) else ["head.linear.", "wide."])
+        taken = take(model, task.origin, task.anew())
     if recipe.model.lora is not None:
         wish, places = recipe.model.lora, body(model)
         with torch.random.fork_rng(devices=[]):
@@ -99,12 +98,6 @@ def body(model: nn.Module) -> dict[str, str]:
         "the model of this task has no `input` and `trunk` (or `source` and `encoder`) to hold the weights of "
         "`model.from`",
         "这个任务的模型没有 `input` 与 `trunk`（或 `source` 与 `encoder`），无法放入 `model.from` 的权重"))
-
-
-def same_classes(task: Task) -> bool:
-    """Whether the origin's classes, if it has any, are the task's own in the same order."""
-    labels = getattr(task, "labels", None)
-    return not isinstance(labels, LabelCodec) or task.origin.labels == labels.names
 
 
 def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:

@@ -143,6 +143,10 @@ class Task:
         """The module, with ``.trunk`` (or ``.encoder`` and ``.decoder``); `config` is a `TransformerConfig`."""
         raise NotImplementedError(f"{type(self).__name__}.model")
 
+    def anew(self) -> Sequence[str]:
+        """Beginnings of the names of weights that start fresh although `origin` has them: they mean something else."""
+        return ()
+
     # -- train --------------------------------------------------------------------------------------------------------
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
