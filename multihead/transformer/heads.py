@@ -103,7 +103,7 @@ class WideHead(nn.Module):
 
     idf: Tensor
 
-    def __init__(self, orders: Sequence[int], idf: Tensor, classes: int, rate: float = 3.0) -> None:
+    def __init__(self, orders: Sequence[int], idf: Tensor, classes: int, rate: float) -> None:
         super().__init__()
         self.orders, self.buckets = tuple(orders), len(idf) // len(orders)
         self.table = nn.Embedding(len(idf), classes)

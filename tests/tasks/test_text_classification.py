@@ -169,36 +169,14 @@ def test_what_the_report_shows_agrees_with_scikit_learn(tmp_path: Path) -> None:
 
 
 def test_the_share_of_hidden_tokens_differs_from_text_to_text() -> None:
-    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], hidden=0.3, max_tokens=512, agree=1)
+    made = fitted([{"text": GOOD * 50, "label": "x"}, {"text": BAD, "label": "y"}], hidden=0.3, max_tokens=512)
     example = made.encode({"text": GOOD * 50, "label": "x"})
     one, two = (made.augment(example, np.random.default_rng(5)) for _ in range(2))
     assert all(np.array_equal(one[k], two[k]) for k in one) and np.array_equal(one["ids"], example["ids"])
     rng = np.random.default_rng(0)
-    shares = np.stack([made.augment(example, rng)["hidden"].mean(0) for _ in range(300)])
-    # Uniform from 0 to 0.6: mean 0.3, standard deviation 0.6/√12 = 0.173; the two readings independent.
-    np.testing.assert_allclose(shares.mean(0), 0.3, atol=0.04)
-    np.testing.assert_allclose(shares.std(0), 0.173, atol=0.03)
-    assert abs(np.corrcoef(shares.T)[0, 1]) < 0.2
-
-
-def test_two_readings_that_agree_cost_nothing_and_others_their_divergence() -> None:
-    a, b = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 0.3]]), torch.tensor([[1.0, 0.0, 0.5], [0.4, -1.0, 0.0]])
-    for several in (False, True):
-        rows = [{"text": t, "label": [t] if several else t} for t in "xyz"]
-        made = fitted(rows, multiple=several)
-        pick = torch.distributions.Bernoulli if several else torch.distributions.Categorical
-        p, q = pick(logits=a), pick(logits=b)
-        both = torch.distributions.kl_divergence(p, q).sum() + torch.distributions.kl_divergence(q, p).sum()
-        assert float(made._apart(a, b)) == pytest.approx(float(both) / 2 / (3 if several else 1), rel=1e-5)
-        assert float(made._apart(a, a)) == 0
-    made = fitted([{"text": GOOD, "label": "x"}, {"text": BAD, "label": "y"}], agree=2.0, hidden=1e-9, head_dropout=0)
-    model = made.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2, ngram_buckets=64))
-    examples = [made.encode({"text": GOOD, "label": "x"}), made.encode({"text": BAD, "label": "y"})]
-    noisy = made.collate([made.augment(example, np.random.default_rng(0)) for example in examples])
-    twice, once = made.loss(model, noisy), made.loss(model, made.collate(examples))
-    # With nothing hidden both readings are the same, and the loss is that of one.
-    assert noisy["hidden"].shape[-1] == 2 and float(twice.parts["agree"].detach()) == pytest.approx(0, abs=1e-6)
-    assert float(twice.total.detach()) == pytest.approx(float(once.total.detach()), rel=1e-5)
+    shares = np.stack([made.augment(example, rng)["hidden"].mean() for _ in range(300)])
+    # Uniform from 0 to 0.6: mean 0.3, standard deviation 0.6/√12 = 0.173.
+    assert shares.mean() == pytest.approx(0.3, abs=0.04) and shares.std() == pytest.approx(0.173, abs=0.03)
 
 
 def test_the_wide_reader_weighs_words_as_scikit_learn_does() -> None:

@@ -138,10 +138,6 @@ class TextClassification(Task):
         hidden: float = Field(0.2, ge=0, le=0.5)
         """Share of tokens hidden in training, in each text from none to twice as many, so that no single word decides.
         训练时随机遮住的词元比例（每条文本在 0 到两倍之间），使结果不依赖单个词。"""
-        agree: float = Field(0.0, ge=0)
-        """Read each text twice, with other tokens hidden, and weigh by this how far the two answers differ (R-Drop,
-        Liang et al. 2021); twice the time.
-        每条文本读两遍（遮住的词元不同），并以此权重要求两次回答一致（R-Drop，Liang 等 2021）；耗时加倍。"""
         guess: float = Field(0.3, ge=0)
         """Weight of guessing the hidden tokens beside giving the label: the texts themselves teach the language.
         除了打标签，还要猜出被遮住的词元，这一项的权重：文本本身就能教会模型语言。"""
@@ -249,6 +245,10 @@ class TextClassification(Task):
         o = self.options
         return Classifier(config, self.codec.vocab_size, classes, o.pool, o.head_dropout, wide, o.share, guess)
 
+    def anew(self) -> Sequence[str]:
+        """What gives an answer, where the origin's classes are not these in this order."""
+        return () if self.origin.labels == self.labels.names else ("head.linear.", "wide.")
+
     def length(self, store: Store) -> np.ndarray:
         return store.lengths("ids")
 
@@ -258,43 +258,31 @@ class TextClassification(Task):
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Choose tokens to hide ("word dropout", Iyyer et al. 2015, section 3.2), of each text another share:
-        ``hidden`` (T, readings)."""
-        o, ids = self.options, np.asarray(example["ids"])
-        if not o.hidden:
+        ``hidden`` (T,)."""
+        ids, most = np.asarray(example["ids"]), 2 * self.options.hidden
+        if not most:
             return example
-        readings = 2 if o.agree else 1
-        hidden = rng.random((len(ids), readings)) < 2 * o.hidden * rng.random(readings)
-        hidden &= ((ids != self.codec.bos) & (ids != self.codec.eos))[:, None]
+        hidden = rng.random(len(ids)) < most * rng.random()
+        hidden &= (ids != self.codec.bos) & (ids != self.codec.eos)
         return {**example, "hidden": hidden.astype(np.uint8)}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Each reader's own loss, since they err on different rows only if neither leans on the other; and in training,
-        how far two readings of a text differ, and what it costs to guess the hidden tokens."""
-        o, full_BT, lengths_B, label = self.options, batch["ids"].long(), batch["ids_lengths"], batch["label"]
-        hidden_BT = torch.cat(batch["hidden"].unbind(-1)).bool() if "hidden" in batch else None
-        n = 1 if hidden_BT is None else len(hidden_BT) // len(label)
-        ids_BT, target = torch.cat([full_BT] * n), torch.cat([label] * n)
+        """Each reader's own loss, since they err on different rows only if neither leans on the other; and in training
+        what it costs to guess the hidden tokens."""
+        o, ids_BT, lengths_B, label = self.options, batch["ids"].long(), batch["ids_lengths"], batch["label"]
+        hidden_BT = batch["hidden"].bool() if "hidden" in batch else None
         seen_BT = ids_BT if hidden_BT is None else ids_BT.masked_fill(hidden_BT, self._mask)
-        x_BTD, deep_BC = model.deep(seen_BT, torch.cat([lengths_B] * n))  # type: ignore[operator]
-        parts = {"deep": self._one_loss(deep_BC, target, model.training) / n}
-        if n == 2:
-            parts["agree"] = o.agree * self._apart(*deep_BC.chunk(2))
+        x_BTD, deep_BC = model.deep(seen_BT, lengths_B)  # type: ignore[operator]
+        parts = {"deep": self._one_loss(deep_BC, label, model.training)}
         if o.wide:
-            wide_BC = model.wide(full_BT, real(full_BT, lengths_B))  # type: ignore[operator]
+            wide_BC = model.wide(ids_BT, real(ids_BT, lengths_B))  # type: ignore[operator]
             parts["wide"] = self._one_loss(wide_BC, label, model.training)
         if o.guess and hidden_BT is not None:
             logits_NV = model.guesses(x_BTD[hidden_BT]).float()  # type: ignore[operator]
-            told = F.cross_entropy(logits_NV, ids_BT[hidden_BT], reduction="sum") / n
+            told = F.cross_entropy(logits_NV, ids_BT[hidden_BT], reduction="sum")
             # By the mean number of hidden tokens, not by this batch's own: a sum over rows stays a sum over rows.
             parts["guess"] = told * (o.guess / (o.hidden * self.tokens / self.counts[-1]))
         return Loss(torch.stack(list(parts.values())).sum(), len(label), parts)
-
-    def _apart(self, a_BC: Tensor, b_BC: Tensor) -> Tensor:
-        """Mean of the two Kullback–Leibler divergences between what two logits say, summed over rows: the sum of
-        (p − q)·(a − b) / 2, for one label and for several alike."""
-        p_BC, q_BC = (x.sigmoid() if self.options.multiple else x.softmax(-1) for x in (a_BC, b_BC))
-        apart = ((p_BC - q_BC) * (a_BC - b_BC)).sum() / 2
-        return apart / a_BC.shape[1] if self.options.multiple else apart
 
     def _one_loss(self, logits_BC: Tensor, target: Tensor, training: bool) -> Tensor:
         weight_C = self._weights(logits_BC.device)
