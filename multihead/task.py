@@ -70,6 +70,11 @@ class Task:
     """True where the model has ``start`` and ``step`` and is served token by token."""
     embeds: ClassVar[bool] = False
     """True where ``embed`` turns rows into vectors; served at ``/v1/embeddings``."""
+    retrieves: ClassVar[bool] = False
+    """True where ``predict`` answers ``{"items": [{"id", "score"}, …]}`` out of the catalogue ``codec``, and takes the
+    wish ``k``; served at ``/v1/recommend``."""
+    ranks: ClassVar[bool] = False
+    """True where ``rank`` scores items that a retriever found; served behind it."""
     asks: ClassVar[tuple[str, ...]] = ()
     """Options that a caller of ``predict`` may give, served beside the input."""
 
@@ -184,6 +189,26 @@ class Task:
     def embed(self, model: nn.Module, batch: Batch) -> Tensor:
         """One vector of length 1 a row, (B, D), by which rows can be compared; where ``embeds`` is true."""
         raise NotImplementedError(f"{type(self).__name__}.embed")
+
+    def item_vectors(self, model: nn.Module) -> Tensor:
+        """One vector an item of the catalogue, (I, D), by which items can be compared; where ``retrieves`` is true."""
+        raise NotImplementedError(f"{type(self).__name__}.item_vectors")
+
+    def catalogue(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Called before serving where ``ranks`` is true: what the retriever may find, ``{"id", "title", feature: […]}``
+        each, so that it can be encoded ahead."""
+
+    def context(self) -> list[Column]:
+        """What ``rank`` reads beside the user and the item (the hour, the device …)."""
+        return []
+
+    def rank(self, model: nn.Module, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """Scores of each request's items, in their order, higher being better; what is unknown is no fault.
+
+        Args:
+            requests: ``{"user": id or None, "history": ids or None, "context": {…}, "items": ids}``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.rank")
 
     def sample(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as an input that a person can try. Default: its input columns."""
