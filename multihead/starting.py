@@ -9,11 +9,9 @@ from pydantic import TypeAdapter
 
 from multihead.errors import Problem, UserError, tr
 from multihead.strict_yaml import Source
-from multihead.transformer.config import TransformerConfig
+from multihead.transformer.config import TRAINING_ONLY, TransformerConfig
 
 SHAPE = tuple(field.name for field in fields(TransformerConfig))
-MAY_DIFFER = ("dropout",)
-"""Keys of ``model:`` that need not be those of the weights."""
 EFFECTIVE = {"num_kv_heads": "kv_heads", "d_head": "head_size", "d_ff": "ff_size"}
 """Keys whose None stands for a number that follows from others."""
 
@@ -38,7 +36,7 @@ def defaults(task: Any, origin: Any) -> dict[str, Any]:
     """The lowest layers of a recipe: what the task prefers, and over it what the weights decide."""
     values: dict[str, Any] = {key: dict(section) for key, section in task.defaults.items()}
     if origin is not None:  # a task's own sizes are for models that begin from nothing
-        free = {key: value for key, value in values.get("model", {}).items() if key in MAY_DIFFER}
+        free = {key: value for key, value in values.get("model", {}).items() if key in TRAINING_ONLY}
         values["model"] = {**free, **{key: value for key, value in origin.config.items() if key in SHAPE}}
         values["options"] = {**values.get("options", {}), **_options(task.Options, origin)}
     return values
@@ -68,7 +66,7 @@ def contradictions(recipe: Any, origin: Any, source: Source) -> list[Problem]:
     """Sizes and options that the recipe gives and that are not those of the weights."""
     theirs = TypeAdapter(type(recipe.model)).validate_python({k: v for k, v in origin.config.items() if k in SHAPE})
     # Tables of angles can be made for any length; learned positions have a weight for each.
-    free = {*MAY_DIFFER, *(() if recipe.model.positions == "learned" else ("max_length",))}
+    free = {*TRAINING_ONLY, *(() if recipe.model.positions == "learned" else ("max_length",))}
     found = []
 
     def compare(section: str, key: str, ours: Any, other: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+TRAINING_ONLY = ("dropout", "drop_path")
+"""Fields that weights do not depend on: a model trained with one value runs with any other."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -47,6 +50,9 @@ class TransformerConfig:
     max_length: int = 1024
     """Longest sequence: size of the learned, sinusoidal and rotary tables."""
     dropout: float = 0.0
+    drop_path: float = 0.0
+    """Share of examples that skip a residual branch of the last block in training; a straight line from 0 leads there
+    (stochastic depth, Huang et al. 2016, section 3, by example)."""
     ngrams: tuple[int, ...] = ()
     """Orders n whose hashed n-gram embeddings are added to the token embedding (Pagnoni et al. 2024, section 3.2.1)."""
     ngram_buckets: int = 16384
@@ -116,14 +122,12 @@ class TransformerConfig:
                     f"segments 是 {self.segments}，至少要为 0",
                 )
             )
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(
-                (
-                    "dropout",
-                    f"dropout is {self.dropout}; it must lie in [0, 1)",
-                    f"dropout 是 {self.dropout}，应在 [0, 1) 之间",
+        for key in TRAINING_ONLY:
+            share = getattr(self, key)
+            if not 0.0 <= share < 1.0:
+                found.append(
+                    (key, f"{key} is {share}; it must lie in [0, 1)", f"{key} 是 {share}，应在 [0, 1) 之间")
                 )
-            )
         if any(n < 2 or n > 8 for n in self.ngrams):
             found.append(
                 (

@@ -25,12 +25,20 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return x * (kept.to(x.dtype) * (LEVELS / (LEVELS - out)))
 
 
-class Dropout(nn.Module):
-    """`dropout` as a module."""
+def drop_path(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Zero whole examples (the first axis) with probability `p`, the others scaled so that the mean stays."""
+    if not training or p == 0.0:
+        return x
+    kept_B = torch.rand(len(x), device=x.device) >= p
+    return x * (kept_B.to(x.dtype) / (1 - p)).view(-1, *[1] * (x.dim() - 1))
 
-    def __init__(self, p: float) -> None:
+
+class Dropout(nn.Module):
+    """`dropout` as a module; where it ends a residual branch, with `drop_path` of probability `path`."""
+
+    def __init__(self, p: float, path: float = 0.0) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.path = p, path
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
+        return drop_path(dropout(x, self.p, self.training), self.path, self.training)

@@ -200,14 +200,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, optional attention over a memory, feed-forward; each with its norm and its residual."""
 
-    def __init__(self, config: TransformerConfig, cross_attention: bool) -> None:
+    def __init__(self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0) -> None:
         super().__init__()
         self.before = config.norm_position == "before"
         self.attention_norm, self.attention = make_norm(config), Attention(config)
         self.cross_norm = make_norm(config) if cross_attention else None
         self.cross = Attention(config, cross=True) if cross_attention else None
         self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, drop_path)
 
     def forward(
         self,
@@ -245,7 +245,8 @@ class Trunk(nn.Module):
     def __init__(self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False) -> None:
         super().__init__()
         self.config, self.causal = config, causal
-        self.blocks = nn.ModuleList(Block(config, cross_attention) for _ in range(config.num_layers))
+        paths = (config.drop_path * layer / config.num_layers for layer in range(1, config.num_layers + 1))
+        self.blocks = nn.ModuleList(Block(config, cross_attention, path) for path in paths)
         self.norm = make_norm(config) if config.norm_position == "before" else None
         table = None
         if config.positions == "rotary":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multihead.errors import Problem, tr
-from multihead.transformer.config import TransformerConfig
+from multihead.transformer.config import TRAINING_ONLY, TransformerConfig
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.trunk import Trunk
 
@@ -172,9 +172,9 @@ class Family:
         return name
 
     def config(self, given: Given) -> dict[str, Any]:
-        """The fields of `TransformerConfig`, all but dropout; what cannot be is gathered in `given`."""
+        """The fields of `TransformerConfig`, all but those of training; what cannot be is gathered in `given`."""
         fields = {**asdict(TransformerConfig()), **self.layout, **self.read(given)}
-        del fields["dropout"]
+        fields = {key: value for key, value in fields.items() if key not in TRAINING_ONLY}
         config = TransformerConfig(**fields)
         wide = max(config.d_model, config.num_heads * config.head_size, config.ff_size)
         if wide > WIDEST * 4 or any(fields[key] > most for key, most in MOST.items()):

@@ -21,7 +21,7 @@ from multihead.codec.text import LABELS_FILE, LabelCodec, TextCodec
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.run import RECIPE, RunFolder
 from multihead.runtime.checkpoint import load_weights
-from multihead.transformer.config import TransformerConfig
+from multihead.transformer.config import TRAINING_ONLY, TransformerConfig
 from multihead.weights.bert import BERT, ROBERTA
 from multihead.weights.gpt2 import GPT2
 from multihead.weights.llama import LLAMA, QWEN2, QWEN3
@@ -51,7 +51,7 @@ class Origin:
         path: the folder.
         family: "multihead", "bert", "roberta", "gpt2", "llama", "qwen2" or "qwen3".
         causal: True for decoders, False for encoders.
-        config: the fields of `TransformerConfig` that the weights fix, which is all but dropout.
+        config: the fields of `TransformerConfig` that the weights fix, which is all but those of training.
         options: options of a task that the weights decide: ``{"tied": bool}`` for language models.
         vocab_size: rows of the embedding table.
         labels: names of a classifier's classes in their order, where the folder says; else None.
@@ -123,7 +123,7 @@ class Own(Origin):
         values = strict_yaml.read(folder / RECIPE, problems).values
         if problems:
             raise UserError.many(problems)
-        names = set(TransformerConfig.__dataclass_fields__) - {"dropout"}
+        names = set(TransformerConfig.__dataclass_fields__) - set(TRAINING_ONLY)
         self.config = {key: value for key, value in (values.get("model") or {}).items() if key in names}
         self.causal = values.get("task") == "text-generation"
         options = values.get("options") or {}

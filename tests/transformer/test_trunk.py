@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.dropout import drop_path
 from multihead.transformer.inputs import sinusoids
 from multihead.transformer.trunk import Attention, Trunk, make_norm, plain_attention, rotary_table, rotate
 
@@ -189,3 +190,21 @@ def test_sinusoids_follow_the_paper() -> None:
         angle = t / 10000 ** (2 * i / 6)
         assert table[t, 2 * i] == pytest.approx(math.sin(angle), abs=1e-5)
         assert table[t, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_stochastic_depth_keeps_the_mean_of_each_branch_and_is_none_at_evaluation() -> None:
+    """Each example takes a branch whole or not at all; the mean over many draws is the branch itself (Huang et al.
+    2016). The share of block l is l / layers of the whole."""
+    torch.manual_seed(0)
+    y = drop_path(torch.ones(20000, 3, 2), 0.3)
+    assert set(y.flatten().unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    assert (y == y[:, :1, :1]).all()
+    assert abs(y.mean().item() - 1) < 4 * math.sqrt(0.3 / 0.7 / 20000)
+    plain, stochastic = (Trunk(TransformerConfig(d_model=D, num_layers=4, num_heads=HEADS, drop_path=p))
+                         for p in (0.0, 0.4))
+    assert [block.dropout.path for block in stochastic.blocks] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    stochastic.load_state_dict(plain.state_dict())
+    x = torch.randn(64, 5, D)
+    assert torch.equal(plain.train()(x), plain.eval()(x))
+    assert torch.equal(stochastic.eval()(x), plain(x))
+    assert not torch.equal(stochastic.train()(x), plain(x))
