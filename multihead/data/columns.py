@@ -14,7 +14,7 @@ from multihead.data.events import guess_log, ids_of, seconds
 from multihead.data.squad import answers
 from multihead.errors import Problem, UserError, nearest, tr
 
-ColumnKind = Literal["text", "label", "labels", "id", "ids", "number", "time", "answers", "image"]
+ColumnKind = Literal["text", "label", "labels", "id", "ids", "number", "time", "answers", "image", "any"]
 
 TEXT_NAMES = ("text", "review", "sentence", "content", "comment", "body", "message", "document", "paragraphs",
               "paragraph", "文本", "评论", "内容", "正文", "句子", "评价", "留言", "评论内容", "文本内容")
@@ -41,7 +41,7 @@ class Column:
     kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "ids" list of str, one id alone being
     a list of one; "number" int or float; "time" float, in seconds where it was a date, else the number as it stands;
     "answers" list of {"text", "answer_start"}, empty for a question that has none (see `squad.answers`); "image" str,
-    the picture's file as a data URI.
+    the picture's file as a data URI; "any" the value as it stands.
     """
 
     name: str
@@ -225,6 +225,8 @@ def convert(column: Column, value: Any) -> tuple[Any, str]:
         if not column.required:
             return None, ""
         return None, tr(f"'{column.name}' is empty", f"“{column.name}”为空")
+    if column.kind == "any":
+        return value, ""
     if column.kind == "image":
         picture, fault = images.value(value)
         return (None, fault) if fault else (picture, "")

@@ -66,6 +66,8 @@ def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
     if named is not None:
         return open_aligned(named, columns, encoding, Path(base))
     assert not isinstance(paths, Mapping)
+    # A field called by its place ("4") is no name to look for in a header, where it would be a value.
+    columns = [c for c in columns if c.kind != "any" or not c.name.isdecimal()]
     wanted = Wanted(columns, {k: str(v) for k, v in (mapping or {}).items()}, encoding, delimiter, header)
     if any(column.kind == "image" for column in columns):
         from multihead.data.pictures import open_pictures
