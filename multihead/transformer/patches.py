@@ -113,9 +113,9 @@ def rotary_grid(head_size: int, grid: int, extra: int, theta: float) -> Tensor:
     return torch.stack((angle_TE2.cos(), angle_TE2.sin()), dim=1).float()
 
 
-def patch_trunk(config: TransformerConfig, grid: int, extra: int) -> Trunk:
-    """A trunk whose rotary positions, where it has them, are those of a square of patches."""
-    trunk = Trunk(config)
+def patch_trunk(config: TransformerConfig, grid: int, extra: int, **kinds: bool) -> Trunk:
+    """A trunk whose rotary positions, where it has them, are those of a square of patches. `kinds`: as `Trunk`."""
+    trunk = Trunk(config, **kinds)
     if trunk.angles_T2E is not None:
         trunk.angles_T2E = rotary_grid(config.head_size, grid, extra, config.rope_theta)
     return trunk

@@ -197,10 +197,44 @@ class FeedForward(nn.Module):
         return self.down(self.dropout(h_BTF))
 
 
-class Block(nn.Module):
-    """Attention, optional attention over a memory, feed-forward; each with its norm and its residual."""
+class Modulation(nn.Module):
+    """From a condition (B, D) to `parts` vectors for each example, (B, parts, D): adaptive layer norm (Peebles & Xie
+    2023, "Scalable Diffusion Models with Transformers", section 3.2, adaLN-Zero).
 
-    def __init__(self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0) -> None:
+    They start near zero rather than at it, so that every weight behind a gate learns from the first step.
+    """
+
+    START = 0.02
+
+    def __init__(self, d_model: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(d_model, parts * d_model)
+        mark_split(self.linear, 0)  # no hidden matrix: AdamW's, not Muon's
+
+    def forward(self, condition_BD: Tensor) -> Tensor:
+        return self.linear(F.silu(condition_BD)).unflatten(-1, (self.parts, -1))
+
+
+def modulated(x_BTD: Tensor, by_BMD: Tensor | None, first: int) -> Tensor:
+    """x · (1 + scale) + shift of each example, by the vectors number `first` (shift) and `first` + 1 (scale)."""
+    if by_BMD is None:
+        return x_BTD
+    return torch.addcmul(by_BMD[:, None, first], x_BTD, 1 + by_BMD[:, None, first + 1])
+
+
+def gated(x_BTD: Tensor, by_BMD: Tensor | None, place: int) -> Tensor:
+    """x times each example's vector number `place`."""
+    return x_BTD if by_BMD is None else x_BTD * by_BMD[:, None, place]
+
+
+class Block(nn.Module):
+    """Attention, optional attention over a memory, feed-forward; each with its norm and its residual. Where it is
+    `conditioned`, the first and the last have their norm shifted and scaled, and their residual gated."""
+
+    def __init__(
+        self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0, conditioned: bool = False
+    ) -> None:
         super().__init__()
         self.before = config.norm_position == "before"
         self.attention_norm, self.attention = make_norm(config), Attention(config)
@@ -208,6 +242,7 @@ class Block(nn.Module):
         self.cross = Attention(config, cross=True) if cross_attention else None
         self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
         self.dropout = Dropout(config.dropout, drop_path)
+        self.modulation = Modulation(config.d_model, 6) if conditioned else None
 
     def forward(
         self,
@@ -218,13 +253,17 @@ class Block(nn.Module):
         memory: tuple[Tensor, Tensor] | None,
         memory_mask_BHTS: Tensor | None,
         cache: tuple[Cache, int, Step] | None,
+        condition_BD: Tensor | None = None,
     ) -> Tensor:
         if self.before:
-            y_BTD = self.attention(self.attention_norm(x_BTD), angles_BT2E, mask_BHTS, causal, cache)
-            x_BTD = x_BTD + self.dropout(y_BTD)
+            by = None if self.modulation is None or condition_BD is None else self.modulation(condition_BD)
+            y_BTD = modulated(self.attention_norm(x_BTD), by, 0)
+            y_BTD = self.attention(y_BTD, angles_BT2E, mask_BHTS, causal, cache)
+            x_BTD = x_BTD + self.dropout(gated(y_BTD, by, 2))
             if self.cross is not None and self.cross_norm is not None and memory is not None:
                 x_BTD = x_BTD + self.dropout(self.cross.over(self.cross_norm(x_BTD), memory, memory_mask_BHTS))
-            return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+            y_BTD = self.feed_forward(modulated(self.feed_forward_norm(x_BTD), by, 3))
+            return x_BTD + self.dropout(gated(y_BTD, by, 5))
         x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_BT2E, mask_BHTS, causal, cache)))
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross.over(x_BTD, memory, memory_mask_BHTS)))
@@ -238,16 +277,22 @@ class Trunk(nn.Module):
         config: the shape.
         causal: position t looks at positions ≤ t only (decoders).
         cross_attention: every block also looks at a `memory` (decoders of encoder–decoder models).
+        conditioned: a `condition` bends the norms and gates of every block (diffusion models); norms stand before.
     """
 
     angles_T2E: Tensor | None
 
-    def __init__(self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False, conditioned: bool = False
+    ) -> None:
         super().__init__()
+        if conditioned and config.norm_position != "before":
+            raise ValueError("a condition bends norms that stand before their part: norm_position 'before'")
         self.config, self.causal = config, causal
         paths = (config.drop_path * layer / config.num_layers for layer in range(1, config.num_layers + 1))
-        self.blocks = nn.ModuleList(Block(config, cross_attention, path) for path in paths)
+        self.blocks = nn.ModuleList(Block(config, cross_attention, path, conditioned) for path in paths)
         self.norm = make_norm(config) if config.norm_position == "before" else None
+        self.modulation = Modulation(config.d_model, 2) if conditioned else None
         table = None
         if config.positions == "rotary":
             table = rotary_table(config.head_size, config.max_length, config.rope_theta, config.rope_llama3)
@@ -260,6 +305,8 @@ class Trunk(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = math.sqrt(1 / (3 * parameter.shape[1]))
+                if "modulation" in name:
+                    std *= Modulation.START
                 if name.endswith(("out.weight", "down.weight")):
                     std /= math.sqrt(2 * self.config.num_layers)
                 nn.init.normal_(parameter, std=std)
@@ -274,6 +321,7 @@ class Trunk(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
         cache: Cache | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """One pass.
 
@@ -285,6 +333,7 @@ class Trunk(nn.Module):
             memory: (B, S, D) encoder output to look at; with a cache, only needed on its first call.
             memory_mask: (B, S) bool, True at real memory positions.
             cache: keys and values of earlier positions. Written, never advanced: the caller does that.
+            condition: (B, D), what the whole of each example is told (a time, a class); where it is `conditioned`.
         """
         T = x_BTD.shape[1]
         step = cache.plan(T, x_BTD, self.config.kv_heads, self.config.head_size) if cache is not None else None
@@ -301,8 +350,10 @@ class Trunk(nn.Module):
         for layer, block in enumerate(self.blocks):
             kv = self._memory(block, layer, memory, cache)
             place = None if cache is None or step is None else (cache, layer, step)
-            x_BTD = block(x_BTD, angles, mask_BHTS, causal, kv, memory_mask_BHTS, place)
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+            x_BTD = block(x_BTD, angles, mask_BHTS, causal, kv, memory_mask_BHTS, place, condition)
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        by = None if self.modulation is None or condition is None else self.modulation(condition)
+        return modulated(x_BTD, by, 0)
 
     def _angles(self, positions: Tensor | None, T: int) -> Tensor | None:
         if self.angles_T2E is None:

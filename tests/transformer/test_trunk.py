@@ -208,3 +208,26 @@ def test_stochastic_depth_keeps_the_mean_of_each_branch_and_is_none_at_evaluatio
     assert torch.equal(plain.train()(x), plain.eval()(x))
     assert torch.equal(stochastic.eval()(x), plain(x))
     assert not torch.equal(stochastic.train()(x), plain(x))
+
+
+def test_a_condition_bends_norms_and_gates_as_adaln_zero_says() -> None:
+    """Peebles & Xie 2023, section 3.2, written out: x += gate · part(norm(x) · (1 + scale) + shift)."""
+    torch.manual_seed(0)
+    config = TransformerConfig(d_model=16, num_layers=2, num_heads=2, norm="layernorm", positions="none")
+    trunk = Trunk(config, conditioned=True)
+    x, condition = torch.randn(3, 5, 16), torch.randn(3, 16)
+    for block in [*trunk.blocks, trunk]:
+        torch.nn.init.normal_(block.modulation.linear.weight)
+    y = x
+    for block in trunk.blocks:
+        six = block.modulation.linear(torch.nn.functional.silu(condition)).view(3, 6, 1, 16).unbind(1)
+        y = y + six[2] * block.attention(block.attention_norm(y) * (1 + six[1]) + six[0])
+        y = y + six[5] * block.feed_forward(block.feed_forward_norm(y) * (1 + six[4]) + six[3])
+    shift, scale = trunk.modulation.linear(torch.nn.functional.silu(condition)).view(3, 2, 1, 16).unbind(1)
+    torch.testing.assert_close(trunk(x, condition=condition), trunk.norm(y) * (1 + scale) + shift, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_conditioned_trunk_passes_on_nearly_what_it_was_given() -> None:
+    trunk = Trunk(TransformerConfig(d_model=32, num_layers=4, num_heads=2), conditioned=True)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(trunk(x, condition=torch.randn(2, 32)), trunk.norm(x), rtol=0.1, atol=0.1)
