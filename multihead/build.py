@@ -267,6 +267,13 @@ class Run:
 
         return list(predict(self, rows, ask))
 
+    def __getattr__(self, name: str) -> Any:
+        """What the task's model offers (`Task.offers`)."""
+        task = self.__dict__.get("task")
+        if task is not None and name in task.offers:
+            return getattr(self.model, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, task={self.recipe.task!r})"
 

@@ -24,7 +24,7 @@ from multihead.strict_yaml import Keys, Source
 from multihead.transformer.config import TransformerConfig
 
 PATHS = ("train", "valid", "test")
-OPTION_PATHS = ("items",)
+OPTION_PATHS = ("items", "users")
 """Keys of ``options:`` that name a file."""
 
 

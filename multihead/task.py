@@ -75,6 +75,8 @@ class Task:
     wish ``k``; served at ``/v1/recommend``."""
     ranks: ClassVar[bool] = False
     """True where ``rank`` scores items that a retriever found; served behind it."""
+    offers: ClassVar[tuple[str, ...]] = ()
+    """Methods of the model that an opened run offers as its own: ``multihead.load(run).embed_user(ids)``."""
     asks: ClassVar[tuple[str, ...]] = ()
     """Options that a caller of ``predict`` may give, served beside the input."""
 

@@ -181,6 +181,12 @@ class Log:
         start = int(self.starts[user])
         return [self.items[i] for i in self.item[start + first : start + last].tolist()]
 
+    def times(self, user: int, first: int, last: int) -> list[float]:
+        """When the items `first` up to but not including `last` of one user were chosen; the log has times."""
+        assert self.time is not None
+        start = int(self.starts[user])
+        return self.time[start + first : start + last].tolist()
+
     def describe(self) -> list[str]:
         """What was found, as lines to print."""
         lengths = self.lengths
@@ -233,7 +239,8 @@ class Histories:
     Made to stand where `Rows` stand: files, guess, count and rejected are those of the log, told once.
 
     Args:
-        cut: (log) → for each user the place of "item" among the user's interactions, −1 for no row.
+        cut: (log) → for each user the place of "item" among the user's interactions, −1 for no row; or (U, 2), the
+            first such place and the one behind the last, where a user has several rows.
         first: whether faults and findings of the log are told here.
     """
 
@@ -241,9 +248,22 @@ class Histories:
         self.log, self.cut, self.first = log, cut, first
         self.also: list[Path] = []
         """Further files that what is prepared depends on."""
+        self.timed = False
         self.count = 0
         self.rejected: list[Problem] = []
         self.rejected_count = 0
+
+    def ask_times(self, why: str) -> None:
+        """Rows hold ``"times"`` too, when each item of the history was chosen.
+
+        Raises:
+            UserError: the log has no times, which the option `why` asks for.
+        """
+        untimed = [about["file"] for about in self.guess["files"] if "time" not in about["mapping"]]
+        if untimed:
+            raise UserError(tr(f"{why} asks for times, and this file has no time column; name it in data.columns.time",
+                               f"{why} 需要时间，但这个文件没有时间列；请用 data.columns.time 指明"), untimed[0])
+        self.timed = True
 
     @property
     def files(self) -> list[Path]:
@@ -263,25 +283,33 @@ class Histories:
         log = self.log.read()
         if self.first:
             self.count, self.rejected, self.rejected_count = log.count, log.rejected, log.rejected_count
-        ends = self.cut(log)
+        places = self.cut(log)
+        if places.ndim == 1:
+            places = np.stack((places, places + (places >= 0)), 1)
         if not self.first:
-            self.count = int((ends >= 0).sum())
+            self.count = int((places[:, 1] - places[:, 0]).sum())
             if not self.count and log.count:
                 raise UserError(tr(
                     f"none of {len(log.users):,} users has enough interactions to hold some out for validation and "
                     "test; give more data, or set data.split.by=random to hold out whole users",
                     f"{len(log.users):,} 个用户中没有一个的交互多到可以留出验证和测试；"
                     "请给出更多数据，或设置 data.split.by=random 以留出整个用户"), self.guess["files"][0]["file"])
-        for user in np.flatnonzero(ends >= 0).tolist():
-            end, name = int(ends[user]), log.users[user]
-            *history, item = log.names(user, 0, end + 1)
-            yield Row({"user": name, "history": history, "item": item}, where=tr(f"user {name}", f"用户 {name}"))
+        for user in np.flatnonzero(places[:, 1] > places[:, 0]).tolist():
+            begin, end = places[user].tolist()
+            name, items = log.users[user], log.names(user, 0, end)
+            times = log.times(user, 0, end - 1) if self.timed else []
+            for at in range(begin, end):
+                row: dict[str, Any] = {"user": name, "history": items[:at], "item": items[at]}
+                if self.timed:
+                    row["times"] = times[:at]
+                yield Row(row, where=tr(f"user {name}", f"用户 {name}"))
 
 
 def histories(
-    sources: Mapping[str, Rows], filters: Filters, by: str, shares: Mapping[str, float], deduplicate: bool = True
+    sources: Mapping[str, Rows], filters: Filters, by: str, shares: Mapping[str, float], deduplicate: bool = True,
+    every: bool = False,
 ) -> dict[str, Histories]:
-    """Each part's rows: one a user.
+    """Each part's rows: one a user, but for `every`.
 
     Files of their own hold users of their own: of each, the last item is the one to foretell. What has no file is cut
     from the training log:
@@ -289,7 +317,8 @@ def histories(
     - by "last" (leave-one-out): of every user the last item is for the test, the one before it for validation, all else
       for training. Users too short for that are for training only.
     - by "time": two moments part the log; validation and test ask, of every user who was there before and comes back in
-      the period, for the first item of that period.
+      the period, for the first item of that period; with `every`, for each item of the period from all that its user
+      did before it, and of newcomers too.
     - else no cut: the rows are whole users, to be dealt out as any rows are.
 
     Args:
@@ -309,7 +338,7 @@ def histories(
             "data.split.by is time, and this file has no time column; name it in data.columns.time, or split by last",
             "data.split.by 是 time，但这个文件没有时间列；请用 data.columns.time 指明，或改为按 last 划分"),
             next(about["file"] for about in log.rows.guess["files"] if "time" not in about["mapping"]))
-    cuts = _by_time(wanted, shares) if by == "time" else _by_last(wanted)
+    cuts = _by_time(wanted, shares, every) if by == "time" else _by_last(wanted)
     return found | {part: Histories(log, cut, first=part == "train") for part, cut in cuts.items()}
 
 
@@ -331,7 +360,7 @@ def _by_last(wanted: list[str]) -> dict[str, Any]:
     return {part: cut(back) for back, part in enumerate(wanted)} | {"train": cut(len(wanted))}
 
 
-def _by_time(wanted: list[str], shares: Mapping[str, float]) -> dict[str, Any]:
+def _by_time(wanted: list[str], shares: Mapping[str, float], every: bool) -> dict[str, Any]:
     def edges(log: Log) -> list[float]:
         """The moments at which training ends and each later part begins, and the end of time."""
         assert log.time is not None
@@ -347,6 +376,8 @@ def _by_time(wanted: list[str], shares: Mapping[str, float]) -> dict[str, Any]:
             if part == "train":
                 return before[0] - 1
             k = len(wanted) - 1 - wanted.index(part)
+            if every:
+                return np.stack((before[k], before[k + 1]), 1)
             return np.where((before[k] > 0) & (before[k + 1] > before[k]), before[k], -1)
 
         return places
@@ -356,10 +387,14 @@ def _by_time(wanted: list[str], shares: Mapping[str, float]) -> dict[str, Any]:
 
 class Slices(Sequence[dict[str, np.ndarray]]):
     """Training sequences ``{"items": (T,)}``, T ≤ room + 1: each row's history and what came next. A longer one comes
-    in several, counted from the end, so that every item but the first is foretold once, from up to `room` before it."""
+    in several, counted from the end, so that every item but the first is foretold once, from up to `room` before it.
 
-    def __init__(self, store: Store, room: int) -> None:
-        self.store = store
+    Args:
+        gaps: with them ``"gaps"`` (T − 1,), those of all items but the last.
+    """
+
+    def __init__(self, store: Store, room: int, gaps: bool = False) -> None:
+        self.store, self.gaps = store, gaps
         total = store.lengths("history") + 1
         count = np.where(total > 1, -(-(total - 1) // room), 0)
         self.row = np.repeat(np.arange(len(total)), count)
@@ -376,7 +411,8 @@ class Slices(Sequence[dict[str, np.ndarray]]):
     def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # type: ignore[override]  # slices are not served
         example = self.store[self.row[i]]
         items = np.append(example["history"], example["item"].astype(np.int32))
-        return {"items": items[int(self.start[i]) : int(self.end[i])]}
+        first, last = int(self.start[i]), int(self.end[i])
+        return {"items": items[first:last], **({"gaps": example["gaps"][first : last - 1]} if self.gaps else {})}
 
     def lengths(self, key: str) -> np.ndarray:
         """Items of each."""
