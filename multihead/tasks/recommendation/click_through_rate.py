@@ -1,0 +1,368 @@
+"""click-through-rate: how likely it is that what is shown is clicked, for ads and for ranking.
+
+Rows are impressions: fields of any kind (who, what, where, when) and whether there was a click; or ratings, of which
+those from a threshold on count as clicks. Fields attend to one another on the trunk, beside crosses and a wide linear
+reader (see `_fields`). Tables of users and items are joined by their ids, when training and when serving alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from multihead import task as base
+from multihead.codec.fields import UNSEEN, FieldCodec, Kind, Sizes
+from multihead.data.attributes import read_attributes
+from multihead.data.columns import Column
+from multihead.data.events import ITEM_NAMES, RATING_NAMES, USER_NAMES
+from multihead.data.store import Store
+from multihead.errors import UserError, nearest, tr
+from multihead.metrics import clicks
+from multihead.run import write_json
+from multihead.task import Answer, Batch, Example, Loss, Task, pad
+from multihead.tasks.recommendation._fields import ClickModel
+from multihead.transformer.config import TransformerConfig
+
+LABEL_NAMES = ("click", "clicked", "isClick", "clk", "label", "target", "y", "converted", "conversion", "purchased",
+               "liked", "点击", "是否点击", "标签", *RATING_NAMES)
+TRUE, FALSE = ("1", "true", "yes", "y", "t", "是"), ("0", "-1", "false", "no", "n", "f", "否")
+SOME = 5000
+"""Rows that the importance of fields is measured on."""
+
+
+class ClickThroughRate(Task):
+    """The probability of a click for a row of fields."""
+
+    field = "recommendation"
+    title = ("how likely a click is, from any table of users, items and circumstances",
+             "根据用户、物品与场景的任意字段，预测点击的概率")
+    columns: tuple[Column, ...] = (  # type: ignore[misc]
+        Column("user", "id", required=False, names=USER_NAMES),
+        Column("item", "id", required=False, names=ITEM_NAMES),
+        Column("label", "any", names=LABEL_NAMES, target=True),
+    )
+    metric = ("auc", "max")
+    ranks = True
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "data": {"deduplicate": False},
+        "model": {
+            "d_model": 32, "num_layers": 2, "num_heads": 4, "max_length": 1024, "dropout": 0.1, "norm": "layernorm",
+            "activation": "gelu", "positions": "none",
+        },
+        "train": {"steps": 2000, "batch_size": 512, "precision": "float32"},
+    }
+
+    class Options(base.Options):
+        threshold: float | None = None
+        """Where the label is a number such as a rating: from this value on it counts as a click.
+        标签是评分等数值时，不低于此值算作点击。"""
+        fields: dict[str, Kind] = Field(default_factory=dict)
+        """What a field holds, where the guess is wrong: categorical, numeric, multi (A|B), words, time or ignore.
+        指定字段的类型（猜错时用）：categorical、numeric、multi（A|B）、words、time 或 ignore。"""
+        users: str | None = None
+        """A table about the users, joined by their id.
+        用户信息表，按用户编号关联。"""
+        items: str | None = None
+        """A table about the items, joined by their id.
+        物品信息表，按物品编号关联。"""
+        user_columns: dict[str, str | int] | None = None
+        """Of the table of users only these columns, ours: theirs (a name or a number); none given: all.
+        只用用户表的这些列，我们的名称: 表中的列名或列号；不写则全部使用。"""
+        item_columns: dict[str, str | int] | None = None
+        """Of the table of items only these columns; a run such as "6-24" of columns of 0 and 1 is one field of several.
+        只用物品表的这些列；连续的 0/1 列可写成 "6-24"，合为一个多值字段。"""
+        min_count: int = Field(2, ge=1)
+        """Values that occur less often in the training rows share a few places by their hash.
+        训练数据中出现次数更少的取值按哈希共用少数几个位置。"""
+        buckets: int = Field(8, ge=1)
+        """How many such places each field has.
+        每个字段这样的位置数。"""
+        max_values: int = Field(1_000_000, ge=1)
+        """Values of a field that have a place of their own, the most frequent.
+        每个字段最多有多少个取值（最常见的）拥有自己的位置。"""
+        bins: int = Field(16, ge=1, le=1024)
+        """Pieces into which the quantiles of the training rows cut a number.
+        数值按训练数据的分位数分成的段数。"""
+        cross: int = Field(16, ge=0)
+        """Width of the vectors whose products stand beside attention; 0: none.
+        注意力之外的两两交叉项的向量宽度；0 表示不用。"""
+        l2: float = Field(0.0, ge=0)
+        """Pull of each looked-up vector towards 0, against learning rare values by heart.
+        查到的向量向 0 收缩的强度，防止死记少见取值。"""
+        unseen: float = Field(0.0, ge=0, le=1)
+        """A value that occurs n times is taken for one never seen in a share of unseen / n of its rows, so that such
+        values are learned too.
+        出现 n 次的取值，有 unseen / n 的比例在训练时当作未见过的取值，使模型学会处理新值。"""
+        importance: bool = True
+        """Measure in the evaluation how much worse the order becomes without each field.
+        评估时测量缺少每个字段后排序变差多少。"""
+
+    codec: FieldCodec
+    tables: dict[str, dict[str, dict[str, Any]]]
+    """What is joined: "user" and "item" → id → {field: value}."""
+    share: float = 0.5
+    """Of clicks in the training rows."""
+
+    def __init__(self, options: Any = None, seed: int = 0) -> None:
+        super().__init__(options, seed)
+        self.tables = {}
+        self.names: list[str] = []
+        known = {column.name for column in type(self).columns}
+        more = tuple(Column(name, "any", required=False) for name in self.options.fields if name not in known)
+        self.columns = (*type(self).columns[:2], *more, type(self).columns[2])
+
+    def inputs(self) -> list[Column]:
+        """User, item and every field of the log by its own name."""
+        own = [column for column in self.columns if not column.target]
+        known = {column.name for column in own}
+        return own + [Column(name, "any", required=False) for name in self.names if name not in known]
+
+    # -- prepare ------------------------------------------------------------------------------------------------------
+
+    def gather(self, sources: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        o = self.options
+        if "train" not in sources:  # new rows for a model that is there
+            return dict(sources)
+        self.names = _names(sources)
+        also = []
+        for key, names, columns in (("user", USER_NAMES, o.user_columns), ("item", ITEM_NAMES, o.item_columns)):
+            path = getattr(o, f"{key}s")
+            if path:
+                chosen = None if columns is None else {ours: str(theirs) for ours, theirs in columns.items()}
+                self.tables[key] = read_attributes(path, key, names, chosen)
+                also.append(Path(path))
+        return {part: _Log(rows, also, self) for part, rows in sources.items()}
+
+    def fit(self, rows: Iterable[dict[str, Any]]) -> None:
+        o = self.options
+        joined = {name: None for key in self.tables for held in self.tables[key].values() for name in held}
+        names = list(dict.fromkeys([*self.names, *joined]))
+        unknown = [name for name in o.fields if name not in names]
+        if unknown:
+            raise UserError(tr(f"options.fields names '{unknown[0]}'{nearest(unknown[0], names)}; the fields are: "
+                               f"{', '.join(names)}",
+                               f"options.fields 中的 '{unknown[0]}' 不是字段{nearest(unknown[0], names)}；现有字段："
+                               f"{'、'.join(names)}"))
+        found = _Joined(rows, self)
+        self.codec = FieldCodec.fit(found, names, o.fields, Sizes(o.min_count, o.buckets, o.max_values, o.bins))
+        self.share = found.clicks / max(1, found.rows)
+        if found.clicks in (0, found.rows):
+            what = (tr("no click", "没有点击"), tr("nothing but clicks", "全是点击"))[found.clicks > 0]
+            raise UserError(tr(f"among the {found.rows:,} training rows there is {what}; there is nothing to tell "
+                               "apart. Is options.threshold right, and data.columns.label?",
+                               f"{found.rows:,} 行训练数据中{what}，没有可区分的内容。请检查 options.threshold 与 "
+                               "data.columns.label"))
+        for key, table in self.tables.items():
+            found.joins(key, table)
+
+    def clicked(self, value: Any) -> bool:
+        """Whether a label stands for a click. UserError where it is neither 0 nor 1 nor, with a threshold, a number."""
+        limit = self.options.threshold
+        if limit is not None:
+            try:
+                return float(value) >= limit
+            except (TypeError, ValueError):
+                raise UserError(tr(f"the label is {value!r}; with options.threshold it must be a number",
+                                   f"标签是 {value!r}；设置了 options.threshold 时应为数值")) from None
+        said = str(value).strip().casefold()
+        said = said[:-2] if said.endswith(".0") else said
+        if said in TRUE or said in FALSE:
+            return said in TRUE
+        raise UserError(tr(f"the label is {value!r}; it may be 0 or 1. For ratings set options.threshold: the value "
+                           "from which on one counts as a click",
+                           f"标签是 {value!r}；可以是 0 或 1。若是评分，请设置 options.threshold：不低于它的算作点击"))
+
+    def joined(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with what the tables say of its user and item; what it says itself stands."""
+        found: dict[str, Any] = {}
+        for key, table in self.tables.items():
+            if row.get(key) is not None:
+                found |= table.get(str(row[key]), {})
+        return {**found, **row}
+
+    def encode(self, row: dict[str, Any]) -> Example:
+        """one (C,), several (N,), quantity (M, 2): see `FieldCodec.encode`; and label, 0 or 1."""
+        held = self.joined(row)
+        if not any(held.get(f.name) is not None for f in self.codec.used):
+            shown = ", ".join(f.name for f in self.codec.used)
+            raise UserError(tr(f"holds none of the fields: {shown}", f"没有任何字段：{shown}"))
+        example, _ = self.codec.encode(held)
+        if row.get("label") is not None:
+            example["label"] = np.array(self.clicked(row["label"]), dtype=np.float32)
+        return example
+
+    def describe(self, store: Store) -> dict[str, Any]:
+        label = np.asarray(store.stream("label"))
+        return {"clicks": int(label.sum()), "share_of_clicks": float(label.mean()) if len(label) else 0.0}
+
+    def save(self, folder: Path) -> None:
+        self.codec.save(folder)
+        used = {f.name for f in self.codec.used}
+        write_json(folder / "log.json", {"names": self.names, "share": self.share})
+        for key, table in self.tables.items():
+            held = {name: {k: v for k, v in about.items() if k in used} for name, about in table.items()}
+            (folder / f"{key}s.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        self.codec = FieldCodec.load(folder)
+        held = json.loads((folder / "log.json").read_text("utf-8"))
+        self.names, self.share = held["names"], held["share"]
+        self.tables = {key: json.loads(path.read_text("utf-8")) for key in ("user", "item")
+                       if (path := folder / f"{key}s.json").is_file()}
+
+    # -- build and train ----------------------------------------------------------------------------------------------
+
+    def model(self, config: TransformerConfig) -> ClickModel:
+        return ClickModel(self.codec, config, self.options.cross, float(np.log(self.share / (1 - self.share))))
+
+    def augment(self, example: Example, rng: np.random.Generator) -> Example:
+        """Some values taken for ones never seen, rare ones more often (`Options.unseen`)."""
+        if not self.options.unseen or not len(example["one"]):
+            return example
+        one = example["one"]
+        starts = np.array([self.codec.starts[f.name] for f in self.codec.single], dtype=np.int32)
+        counts = np.array([f.counts[i] for f, i in zip(self.codec.single, one - starts, strict=True)])
+        hide = (rng.random(len(one)) < self.options.unseen / np.maximum(counts, 1)) & (one > starts)
+        return {**example, "one": np.where(hide, starts + UNSEEN, one).astype(np.int32)}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        fixed = {key: torch.from_numpy(np.stack([example[key] for example in examples]))
+                 for key in ("one", "quantity", "label") if key in examples[0]}
+        return fixed | pad([{"several": example["several"]} for example in examples])
+
+    def request(self, body: Any) -> dict[str, Any]:
+        """A row: an object of fields, or the same written as JSON."""
+        if isinstance(body, str) and body.lstrip().startswith("{"):
+            body = json.loads(body)
+        if not isinstance(body, dict):
+            raise UserError(tr("a row is an object of fields, {\"user\": 7, …}",
+                               "一行应是由字段组成的对象，如 {\"user\": 7, …}"))
+        return body
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return batch["one"].long(), batch["several"].long(), batch["several_lengths"], batch["quantity"]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        read = self._read(batch)
+        told = F.binary_cross_entropy_with_logits(model(*read), batch["label"], reduction="sum")
+        rows = len(batch["label"])
+        if not self.options.l2 or not model.training:
+            return Loss(told, rows)
+        counts = torch.tensor([n for f in self.codec.used for n in f.counts], device=told.device)
+        weight_V = self.options.l2 / counts.clamp(min=1).float()
+        return Loss(told + model.penalty(read, weight_V), rows, {"told": told.detach()})  # type: ignore[operator]
+
+    # -- evaluate and serve -------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
+        """``{"p": probability of a click}``, and ``"unseen"``: the fields whose value training never saw."""
+        likely = model(*self._read(batch)).double().sigmoid().tolist()
+        answers: list[Answer] = [{"p": float(f"{p:.6g}")} for p in likely]
+        if not ask.get("evaluate"):
+            for answer, one, several in zip(answers, batch["one"].tolist(), batch["several"].tolist(), strict=True):
+                if found := self._unseen(one, several):
+                    answer["unseen"] = found
+        return answers
+
+    def _unseen(self, one: Sequence[int], several: Sequence[int]) -> list[str]:
+        starts, held = self.codec.starts, set(several)
+        found = [f.name for f, i in zip(self.codec.single, one, strict=True) if i == starts[f.name] + UNSEEN]
+        return found + [f.name for f in self.codec.several if starts[f.name] + UNSEEN in held]
+
+    def score(
+        self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]], weights: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """AUC, AUC within each user, log loss, calibration error, and clicks foretold over clicks made.
+
+        Args:
+            weights: (R, n), see `metrics.intervals.bootstrap`; figures are then arrays (R,).
+        """
+        p, clicked = self._compared(answers, rows)
+        found = {"auc": clicks.auc(p, clicked, weights)}
+        if any(row.get("user") is not None for row in rows):
+            users = np.unique([str(row.get("user")) for row in rows], return_inverse=True)[1]
+            found["gauc"] = clicks.grouped_auc(p, clicked, users, weights)
+        found["log_loss"] = clicks.log_loss(p, clicked, weights)
+        found["calibration_error"] = clicks.calibration_error(p, clicked, weights)
+        found["expected_over_clicks"] = clicks.expected_over_clicks(p, clicked, weights)
+        return found
+
+    def _compared(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([answer["p"] for answer in answers]), np.array([self.clicked(row["label"]) for row in rows])
+
+    def figures(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The reliability of the probabilities."""
+        return {"calibration": clicks.reliability(*self._compared(answers, rows))}
+
+
+class _Log:
+    """The rows of a log, with the tables that are joined to it among its files."""
+
+    def __init__(self, rows: Any, also: Sequence[Path], task: ClickThroughRate) -> None:
+        self.rows, self.also, self.task = rows, list(also), task
+        self.joins: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rows, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read, the tables too."""
+        return [*self.rows.files, *self.also]
+
+    def describe(self) -> list[str]:
+        """How the files are read, and what each field was taken for."""
+        return [*self.rows.describe(), *self.task.codec.describe()]
+
+
+class _Joined:
+    """Training rows with what is joined to them; counts clicks on the way."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], task: ClickThroughRate) -> None:
+        self.source, self.task = rows, task
+        self.rows = self.clicks = 0
+        self.met = {key: 0 for key in task.tables}
+        self.some: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.source:
+            try:
+                self.clicks += self.task.clicked(row["label"])
+            except UserError:
+                continue  # told with its place when it is encoded
+            self.rows += 1
+            for key, table in self.task.tables.items():
+                self.met[key] += str(row.get(key)) in table
+                self.some.setdefault(key, str(row.get(key)))
+            yield self.task.joined(row)
+
+    def joins(self, key: str, table: Mapping[str, Any]) -> None:
+        """UserError where a table's ids are of another kind than the log's."""
+        if not self.met[key]:
+            other = next(iter(table), "-")
+            raise UserError(tr(f"none of the {self.rows:,} rows finds its {key} in this table: ids there look like "
+                               f"'{other}', in the log like '{self.some.get(key)}'",
+                               f"{self.rows:,} 行中没有一行能在该表里找到自己的 {key}：那里的编号形如 '{other}'，"
+                               f"日志中形如 '{self.some.get(key)}'"), str(getattr(self.task.options, f"{key}s")))
+
+
+def _names(sources: Mapping[str, Any]) -> list[str]:
+    """The fields of a log's files: ours where a column is known, else the file's own names."""
+    found: dict[str, None] = {}
+    for source in sources.values():
+        for about in source.guess["files"]:
+            ours = {theirs: name for name, theirs in about["mapping"].items()}
+            found |= dict.fromkeys(ours.get(name, name) for name in about["columns"])
+    found.pop("label", None)
+    return list(found)
