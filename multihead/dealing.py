@@ -76,10 +76,6 @@ class PartRows:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _inputs(task: Task) -> list[str]:
-    return [column.name for column in task.inputs()]
-
-
 def _targets(task: Task) -> list[str]:
     return [column.name for column in task.columns if column.target]
 
@@ -95,7 +91,7 @@ def count(rows: Rows, task: Task, tick: Tick, limit: int | None = None, group: s
     Raises:
         UserError: rows without a value in the column `group`, each with its place.
     """
-    inputs, targets, grouped = _inputs(task), _targets(task), _Groups(group)
+    inputs, targets, grouped = list(task.identity()), _targets(task), _Groups(group)
     keys, learned = array("Q"), array("Q")
     for n, row in enumerate(itertools.islice(iter(rows), limit), 1):
         keys.append(_hash([row.get(name) for name in inputs or sorted(row)]))

@@ -77,6 +77,8 @@ class Task:
     """True where ``rank`` scores items that a retriever found; served behind it."""
     offers: ClassVar[tuple[str, ...]] = ()
     """Methods of the model that an opened run offers as its own: ``multihead.load(run).embed_user(ids)``."""
+    draws: ClassVar[bool] = False
+    """True where an answer holds ``pictures``, PNG data URIs; served at ``/v1/images/generations``."""
     asks: ClassVar[tuple[str, ...]] = ()
     """Options that a caller of ``predict`` may give, served beside the input."""
 
@@ -91,6 +93,10 @@ class Task:
     def inputs(self) -> list[Column]:
         """The columns an answer is made from."""
         return [column for column in self.columns if not column.target]
+
+    def identity(self) -> Sequence[str]:
+        """The columns in which two rows that are copies of each other agree. Default: those of ``inputs``."""
+        return [column.name for column in self.inputs()]
 
     # -- prepare ------------------------------------------------------------------------------------------------------
 
