@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ class ItemCodec:
         """The id of item `number` and, where there is one, its title."""
         name = self.names[int(number)]
         return {"id": name, **self.titles.get(name, {})}
+
+    def described(self) -> Iterator[dict[str, Any]]:
+        """Every item in order: its id, its title where there is one, and its features, "brand" → ["Nivea", …]."""
+        for number in range(len(self)):
+            found = self.shown(number)
+            for feature in self.features[number] if self.features else ():
+                name, _, value = self.feature_names[feature].partition("=")
+                if name not in ("id", "title"):
+                    found.setdefault(name, []).append(value)
+            yield found
 
     def save(self, folder: Path) -> None:
         """Write ``items.json`` into `folder`."""

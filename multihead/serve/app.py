@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from multihead import __version__
 from multihead.errors import UserError, tr
-from multihead.serve import embeddings, openai, predict
+from multihead.serve import embeddings, openai, predict, recommend
 from multihead.serve.guard import LOCAL, Guard
 from multihead.serve.hosted import Hosted, Served
 from multihead.serve.intake import ERRORS, BadBody, of_validation, pick
@@ -83,6 +83,7 @@ def create_app(served: Sequence[Served], settings: ServeSettings | None = None) 
     app.include_router(openai.router)
     app.include_router(embeddings.router)
     app.include_router(predict.router(models, settings))
+    app.include_router(recommend.router(models, settings))
     _add_plain_routes(app, models, state)
     _add_handlers(app)
     app.add_middleware(Guard, settings=settings, metrics=metrics, under_way=state.count)
@@ -136,7 +137,8 @@ def _add_plain_routes(app: FastAPI, models: dict[str, Hosted], state: State) -> 
 
 
 def _add_handlers(app: FastAPI) -> None:
-    fields = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields})
+    fields = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields,
+                     *recommend.FIELDS})
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:

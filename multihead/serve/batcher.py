@@ -34,6 +34,7 @@ class Call:
     Args:
         examples: the rows where they are encoded already.
         embed: vectors are wanted, not answers.
+        rank: rows are requests of `Task.rank`, and scores are wanted.
     """
 
     rows: Sequence[Any]
@@ -42,10 +43,11 @@ class Call:
     since: float = field(default_factory=time.monotonic)
     examples: list[Example] = field(default_factory=list)
     embed: bool = False
+    rank: bool = False
 
     def __post_init__(self) -> None:
         keys = sorted(self.examples[0]) if self.examples else []
-        self.key = json.dumps([self.embed, keys, self.ask], sort_keys=True, default=repr)
+        self.key = json.dumps([self.embed, self.rank, keys, self.ask], sort_keys=True, default=repr)
 
     def settle(self, answers: list[Any] | None, error: BaseException | None = None) -> None:
         """Keep the promise, unless the caller has gone."""
@@ -106,6 +108,12 @@ class Batcher:
     async def embed(self, examples: list[Example]) -> list[np.ndarray]:
         """The vector of each encoded row, (D,) float32. Cancelling and errors: as ``answer``."""
         call = Call(examples, {}, examples=examples, embed=True)
+        self.submit(call)
+        return await asyncio.wrap_future(call.future)
+
+    async def rank(self, requests: Sequence[dict[str, Any]]) -> list[list[float]]:
+        """Scores of each request's items (`Task.rank`). Cancelling and errors: as ``answer``."""
+        call = Call(requests, {}, examples=list(requests), rank=True)
         self.submit(call)
         return await asyncio.wrap_future(call.future)
 
@@ -223,10 +231,12 @@ class Batcher:
         return not problems
 
     def _predict(self, examples: list[Example], call: Call) -> list[Any]:
-        """What `call` wants of `examples`: answers, or vectors."""
+        """What `call` wants of `examples`: answers, vectors or scores."""
         if self.on_batch is not None:
             self.on_batch(len(examples))
         with torch.inference_mode():
+            if call.rank:
+                return self._counted(examples, self.task.rank(self.model, examples))
             batch = {
                 key: value.to(self._device) if isinstance(value, torch.Tensor) else value
                 for key, value in self.task.collate(examples).items()
@@ -236,6 +246,9 @@ class Batcher:
                 answers = list(self.task.embed(self.model, batch).float().cpu().numpy())
             else:
                 answers = self.task.predict(self.model, batch, dict(call.ask))
+        return self._counted(examples, answers)
+
+    def _counted(self, examples: list[Example], answers: list[Any]) -> list[Any]:
         if len(answers) != len(examples):
             raise ValueError(f"{type(self.task).__name__} gave {len(answers)} answers to {len(examples)} rows")
         return answers

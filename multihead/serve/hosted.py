@@ -107,6 +107,9 @@ class Hosted:
             "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.task.inputs()],
             "options": list(self.asks),
             "embeds": self.embeds,
+            "retrieves": self.task.retrieves,
+            "ranks": self.task.ranks,
+            "context": [{"name": c.name, "kind": c.kind} for c in self.task.context()],
             "max_tokens": min(self.settings.max_tokens, self.engine.model.max_length - 1) if self.engine else None,
             "examples": list(self.served.examples),
         }
@@ -326,6 +329,8 @@ def value_fault(column: Column, value: Any, blank: bool = False) -> str:
     if kind == "labels":
         good = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return "" if good else tr("must be a list of texts", "应是文本的列表")
+    if kind == "any":
+        return tr("must not be an object", "不能是对象") if isinstance(value, dict) else ""
     return "" if isinstance(value, str) or (number and isinstance(value, int)) else tr("must be a text", "应是文本")
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.responses import Response
 
+from multihead.data.rows import Column
 from multihead.errors import tr
 from multihead.serve.hosted import Hosted
 from multihead.serve.intake import ERRORS, StrictRoute, pick, unless_gone
@@ -36,20 +37,26 @@ class PredictAnswer(BaseModel):
     answers: list[Any]
 
 
+def kinds_of(column: Column, blank: bool = False) -> dict[str, Any]:
+    """The JSON schema of a column's values, as `hosted.value_fault` checks them."""
+    kinds: dict[str, dict[str, Any]] = {
+        "text": {"type": "string"} if blank else {"type": "string", "pattern": r"\S"},
+        "number": {"type": "number"},
+        "labels": {"type": "array", "items": {"type": "string"}},
+        "ids": {"type": "array", "items": {"type": ["string", "integer"]}},
+        "any": {},
+    }
+    return kinds.get(column.kind, {"type": ["string", "integer"]})
+
+
 def shape(hosted: Hosted) -> dict[str, Any]:
     """The JSON schema of a model's row, for the description of the API; ``Hosted.rows`` is what checks."""
     if type(hosted.task).request is not Task.request:
         return {"type": "object"}
-    kinds: dict[str, dict[str, Any]] = {
-        "text": {"type": "string"} if hosted.engine else {"type": "string", "pattern": r"\S"},
-        "number": {"type": "number"},
-        "labels": {"type": "array", "items": {"type": "string"}},
-        "ids": {"type": "array", "items": {"type": ["string", "integer"]}},
-    }
     columns = hosted.task.inputs()
     return {
         "type": "object",
-        "properties": {c.name: kinds.get(c.kind, {"type": ["string", "integer"]}) for c in columns},
+        "properties": {c.name: kinds_of(c, blank=hosted.engine is not None) for c in columns},
         "required": [c.name for c in columns if c.required],
         "additionalProperties": False,
     }

@@ -20,7 +20,8 @@ from multihead.data.rows import open_rows
 from multihead.data.store import Store
 from multihead.errors import UserError
 from multihead.run import RunFolder
-from multihead.tasks.recommendation.sequential_recommendation import NextItem, SequentialRecommendation
+from multihead.tasks.recommendation._next_item import NextItem, gap_kinds, gbce
+from multihead.tasks.recommendation.sequential_recommendation import SequentialRecommendation
 from multihead.train import train
 from multihead.transformer.config import TransformerConfig
 
@@ -144,6 +145,7 @@ def test_a_part_of_its_own_holds_users_of_its_own(tmp_path: Path) -> None:
     ("1 5 978300761\n1 6 978300762\n2 5 978300763\n", {}, "data.delimiter"),
     (LOG, {"options": {"features": ["brand"]}}, "options.items"),
     (LOG, {"options": {"max_items": 9}}, "max_length 8"),
+    ("user,item\n1,a\n1,b\n1,c\n", {"options": {"gaps": True}}, "options.gaps asks for times"),
 ])  # fmt: skip
 def test_broken_logs_say_what_and_where(tmp_path: Path, text: str, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -227,12 +229,80 @@ def test_gbce_over_all_items_is_plain_binary_cross_entropy() -> None:
 
 
 def test_calibration_weighs_the_right_item_by_beta() -> None:
-    made = fitted(loss="gbce", negatives=3, calibration=1.0)
     x, table = torch.zeros(1, 16), torch.zeros(10, 16)  # every score 0: every term ln 2
-    found = float(made._gbce(x, table, torch.tensor([4]))) * 4 / np.log(2)
+    found = float(gbce(x, table, torch.tensor([4]), negatives=3, calibration=1.0)) * 4 / np.log(2)
     alpha = 3 / 9
     beta = alpha * (1.0 * (1 - 1 / alpha) + 1 / alpha)  # with t = 1: alpha
     assert min(abs(found - (beta + n)) for n in (2, 3)) < 1e-5 and beta == pytest.approx(alpha)
+
+
+def test_the_bidirectional_form_reads_both_sides_and_no_padding() -> None:
+    made = fitted(form="bidirectional", hidden=0.5)
+    model = model_of(made)
+    hidden = len(made.codec)
+    a, b = torch.tensor([[1, hidden, 3]]), torch.tensor([[1, hidden, 4]])
+    assert not torch.allclose(model(a)[0][:, 1], model(b)[0][:, 1], atol=1e-4)
+    padded = torch.tensor([[1, hidden, 3, 0, 0]])
+    torch.testing.assert_close(model(padded, None, torch.tensor([3]))[0][:, :3], model(a)[0])
+    assert model(a)[1].shape == (10, 16)  # what is hidden is no item and is never foretold
+    example = made.augment({"items": np.array([1, 2, 3, 4, 5], np.int32)}, np.random.default_rng(0))
+    covered = example["items"] == hidden
+    assert covered.any() and (example["targets"][~covered] == -1).all()
+    assert example["targets"][covered].tolist() == (np.flatnonzero(covered) + 1).tolist()
+    batch = made.collate([example, {"items": np.array([7, hidden], np.int32), "targets": np.array([-1, 8], np.int32)}])
+    expected = torch.tensor(0.0)
+    for ids, targets in ((example["items"], example["targets"]), ([7, hidden], [-1, 8])):
+        x, table = model(torch.tensor([list(ids)]))
+        places = torch.tensor(list(targets)) >= 0
+        right = torch.tensor(list(targets))[places].long()
+        expected = expected + torch.nn.functional.cross_entropy(x[0][places] @ table.T, right, reduction="sum")
+    found = made.loss(model, batch)
+    torch.testing.assert_close(found.total, expected)
+    assert found.count == int(covered.sum()) + 1
+    # An answer hides one more item behind the last ones: of a long history seven are read.
+    assert made.collate([made.encode({"history": list("0123456789")})])["recent"].tolist() == [[*range(3, 10), 10]]
+    assert answer(made, model, {"history": ["1"]}, k=20)["basis"] == "history"
+
+
+def test_gaps_are_kinds_of_time_and_reach_the_model(tmp_path: Path) -> None:
+    assert gap_kinds([]).tolist() == [] and gap_kinds([5.0]).tolist() == [0]
+    day = 86400.0
+    assert gap_kinds([0, 0, 1, 3, 3 + day, 2.0, None, 9, 1e300]).tolist() == [0, 1, 2, 2, 17, 1, 0, 0, 31]
+    made, folder, _ = prepared(tmp_path, LOG, options={"gaps": True}, data={"split": {"valid": 0, "test": 0}})
+    store = Store(folder.file("data/train"))
+    found = {json.loads(bytes(store[i]["note"]))["user"]: store[i]["gaps"].tolist() for i in range(len(store))}
+    assert found == {"b": [0, 1 + 1, 1 + 1], "a": [0, 2, 2], "c": [0]}
+    slices = made.examples(store, "train")
+    assert all(len(s["gaps"]) == len(s["items"]) - 1 for s in (slices[i] for i in range(len(slices))))
+    model = model_of(made)
+    torch.nn.init.normal_(model.input.gap.weight)  # type: ignore[union-attr]
+    asked = {"history": ["x", "new", "y"], "times": ["1970-01-01", "5", "1970-01-03"]}
+    assert made.encode(asked)["gaps"].tolist() == [0, 18]
+    near = answer(made, model, asked | {"times": [0, 1, 2]}, k=3, seen="keep")
+    assert near["items"] != answer(made, model, asked, k=3, seen="keep")["items"]
+    for times, words in (([1], "each item"), ([1, 2, "soon"], "soon")):
+        with pytest.raises(UserError, match=words):
+            made.encode(asked | {"times": times})
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"gaps": True, "form": "bidirectional"}, "causal"), ({"max_items": 1, "form": "bidirectional"}, "2 or more"),
+])  # fmt: skip
+def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SequentialRecommendation(SequentialRecommendation.Options(**options))
+
+
+def test_the_table_is_kept_while_the_weights_stay(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("id,title,brand\n0,Zero,A|B\n1,One,A\n2,Two,\n")
+    made = fitted(items=str(tmp_path / "items.csv"), features=("brand",))
+    model = model_of(made)
+    with torch.no_grad():
+        first = model.input.table()
+        assert model.input.table() is first
+        model.input.feature.weight.add_(1)  # type: ignore[union-attr]
+        torch.testing.assert_close(model.input.table()[1] - first[1], torch.ones(16))
+    assert model.input.table().requires_grad
 
 
 def test_features_are_part_of_an_item_where_it_is_read_and_where_it_is_foretold(tmp_path: Path) -> None:
@@ -361,7 +431,9 @@ def test_a_round_is_learned_served_and_remembered(tmp_path: Path) -> None:
         assert reply["unknown"] == ["zzz"]
         known = client.post("/v1/predict", json={"input": {"user": "u1"}, "k": 1}).json()["answers"][0]
         assert known["user"] == "u1" and ids(known) == ["i7"]  # i1 … i6, the test's item among them, are its history
-        for bad, words in (({"user": "nobody"}, "nobody"), ({"history": [True]}, "list of ids"), ({}, "history")):
+        new = client.post("/v1/predict", json={"input": {"user": "nobody"}, "k": 3}).json()["answers"][0]
+        assert new["basis"] == "popularity" and new["unknown_user"] == "nobody" and len(ids(new)) == 3
+        for bad, words in (({"history": [True]}, "list of ids"), ({}, "history")):
             refused = client.post("/v1/predict", json={"input": bad})
             assert refused.status_code == 422 and words in refused.text, refused.text
         assert client.post("/v1/predict", json={"input": {"history": []}, "k": 0}).status_code == 422
