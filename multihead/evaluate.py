@@ -372,7 +372,7 @@ def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mappi
     """Lines of ``predictions.jsonl``: a row's place, its input and target columns, and the answer to it."""
     inputs = [c.name for c in task.inputs()]
     targets = [c.name for c in task.columns if c.name not in inputs]
-    inputs = [c.name for c in task.inputs() if c.kind != "image"]  # a picture's place says enough
+    inputs = [c.name for c in task.inputs() if c.kind not in ("image", "video")]  # a picture's place says enough
     for reply, row in zip(replies, rows, strict=True):
         line: dict[str, Any] = {}
         if row:

@@ -180,7 +180,7 @@ def predict_pictures(
 
 def without_pictures(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as it is written beside its answer: a picture's place says enough."""
-    pictures = {column.name for column in task.columns if column.kind == "image"}
+    pictures = {column.name for column in task.columns if column.kind in ("image", "video")}
     return {name: value for name, value in row.items() if name not in pictures}
 
 

@@ -7,6 +7,7 @@ class TestMine(Contract):
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 
 from multihead import evaluate, prepare, task
 from multihead import recipe as recipes
-from multihead.data import images
+from multihead.data import images, video
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint, device
 from multihead.train import Trainer, train
@@ -60,7 +61,23 @@ def value(kind: str, rng: np.random.Generator, i: int) -> Any:
         grey = rng.integers(256, size=(20, 16), dtype=np.uint8)
         grey[:, : i % 3 * 5] = 0  # so that labels, which come by threes, can be told apart
         return images.to_uri(b"P5 16 20 255\n" + grey.tobytes())[0]
+    if kind == "video":
+        return clip(i % 3, rng)
     return str(i) if kind == "id" else float(rng.normal())
+
+
+def clip(turn: int, rng: np.random.Generator) -> str:
+    """A GIF of six frames in which a bright bar lies still, or moves down or up: labels that come by threes."""
+    from PIL import Image
+
+    frames = []
+    for i in range(6):
+        grey = rng.integers(100, size=(18, 16), dtype=np.uint8)
+        grey[(np.arange(6) + 3 * (0, i, -i)[turn]) % 18] = 255
+        frames.append(Image.fromarray(grey))
+    with io.BytesIO() as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100)
+        return video.to_uri(file.getvalue())[0]
 
 
 def sample_lines(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -133,24 +133,39 @@ def looks_like_path(given: Any) -> bool:
     return isinstance(given, str) and (given.startswith("data:image/") or given.strip().lower().endswith(endings))
 
 
-def read_path(path: str, table: Path) -> tuple[str, str]:
-    """(the picture at `path`, "") or ("", why it cannot be had). A relative path starts from the table's folder and
-    must stay inside it, links followed; an absolute one is taken as it is: it is the person's own table."""
+def located(path: str, table: Path, what: str) -> tuple[Path, str]:
+    """(where the file at `path` lies, "") or (…, why it cannot be had). A relative path starts from the table's folder
+    and must stay inside it, links followed; an absolute one is taken as it is: it is the person's own table.
+
+    Args:
+        what: what messages call it.
+    """
     if re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE):
-        return "", tr(f"{path!r} is an address; nothing is fetched from the network: download the pictures first",
-                      f"{path!r} 是网址；不会从网络获取：请先下载图片")
+        return table, tr(f"{path!r} is an address; nothing is fetched from the network: download the files first",
+                         f"{path!r} 是网址；不会从网络获取：请先下载文件")
     if "\0" in path:
-        return "", tr(f"{path!r} is not the name of a file", f"{path!r} 不是文件名")
+        return table, tr(f"{path!r} is not the name of a file", f"{path!r} 不是文件名")
     folder = os.path.realpath(table.parent)
     full = os.path.join(folder, path)
     if not os.path.isabs(path) and os.path.commonpath((folder, os.path.realpath(full))) != folder:
-        return "", tr(f"{path!r} lies outside the table's folder {table.parent}; put the table above its pictures",
-                      f"{path!r} 位于表格所在文件夹 {table.parent} 之外；请把表格放到图片的上级文件夹")
+        return table, tr(f"{path!r} lies outside the table's folder {table.parent}; put the table above its files",
+                         f"{path!r} 位于表格所在文件夹 {table.parent} 之外；请把表格放到这些文件的上级文件夹")
     try:
-        if not os.path.isfile(full):
-            return "", tr(f"there is no picture {path!r}; paths start from the table's folder {table.parent}",
-                          f"没有图片 {path!r}；路径从表格所在文件夹 {table.parent} 开始")
-        return read_file(Path(full))
+        if os.path.exists(full):
+            return Path(full), ""
+    except OSError as error:
+        return table, str(os_error(path, error).problems[0].message)
+    return table, tr(f"there is no {what} {path!r}; paths start from the table's folder {table.parent}",
+                     f"没有{what} {path!r}；路径从表格所在文件夹 {table.parent} 开始")
+
+
+def read_path(path: str, table: Path) -> tuple[str, str]:
+    """(the picture at `path`, "") or ("", why it cannot be had): see `located`."""
+    full, fault = located(path, table, tr("picture", "图片"))
+    if not fault and not full.is_file():
+        fault = tr(f"{path!r} is no file", f"{path!r} 不是文件")
+    try:
+        return ("", fault) if fault else read_file(full)
     except OSError as error:
         return "", str(os_error(path, error).problems[0].message)
 

@@ -69,6 +69,10 @@ def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
     # A field called by its place ("4") is no name to look for in a header, where it would be a value.
     columns = [c for c in columns if c.kind != "any" or not c.name.isdecimal()]
     wanted = Wanted(columns, {k: str(v) for k, v in (mapping or {}).items()}, encoding, delimiter, header)
+    if any(column.kind == "video" for column in columns):
+        from multihead.data.clips import open_clips
+
+        return open_clips(paths, wanted, Path(base))
     if any(column.kind == "image" for column in columns):
         from multihead.data.pictures import open_pictures
 

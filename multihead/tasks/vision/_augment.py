@@ -100,9 +100,17 @@ def within(box_B4: Tensor, side: int) -> Tensor:
 
 
 def bent(picture: Tensor, batch: dict[str, Tensor], normal: Any, index: int) -> Tensor:
-    """Pictures (B, C, S, S) uint8 → what the model sees of them, noise number `index` of each example."""
-    x = tinted(picture.float() / 255, batch["tint"][:, index])
-    return warped(normal(x), batch["warp"][:, index])
+    """Pictures (B, C, S, S) uint8 → what the model sees of them, noise number `index` of each example.
+
+    Clips (B, F, C, S, S) → (B, F·C, S, S), all frames bent alike.
+    """
+    tint, warp = batch["tint"][:, index], batch["warp"][:, index]
+    if picture.dim() == 4:
+        return warped(normal(tinted(picture.float() / 255, tint)), warp)
+    # One above the other they are one picture to be tinted; as each other's channels, one to be warped.
+    tall = picture.transpose(1, 2).flatten(2, 3).float() / 255
+    x_BFCSS = normal(tinted(tall, tint)).unflatten(2, (picture.shape[1], -1)).transpose(1, 2)
+    return warped(x_BFCSS.flatten(1, 2), warp)
 
 
 def stacked(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
