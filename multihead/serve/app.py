@@ -170,7 +170,7 @@ def _page() -> tuple[str, str]:
 
     policy = (
         f"default-src 'none'; script-src {sources('script')}; style-src {sources('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data:; media-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return text, policy
 
