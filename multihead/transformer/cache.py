@@ -205,6 +205,8 @@ def _joined(a: Tensor | None, b: Tensor | None, axis: int) -> Tensor | None:
 def _grown(kv: Tensor, rows: int, positions: int) -> Tensor:
     """The same keys and values with room for more rows and positions."""
     L, two, R, K, C, E = kv.shape
-    grown = kv.new_zeros(L, two, rows, K, positions, E)
+    grown = kv.new_empty(L, two, rows, K, positions, E)  # most of it is written over at once: zeros only for the rest
     grown[:, :, :R, :, :C] = kv
+    grown[:, :, :R, :, C:] = 0
+    grown[:, :, R:] = 0
     return grown
