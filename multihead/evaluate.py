@@ -196,8 +196,9 @@ def evaluate(
             replies = answers(
                 task, run.model, examples, settings.batch_size, device=run.device, precision=precision, tick=tick
             )
+            explained = task.explain(run.model, examples)
         metrics = _intervals(task, replies, rows, settings, run.recipe.seed)
-        figures = dict(task.figures(replies, rows))
+        figures = {**task.figures(replies, rows), **explained}
         figures.setdefault("samples", _samples(run, store))
         signatures = {"signatures": figures["signatures"]} if "signatures" in figures else {}
         result: dict[str, Any] = {

@@ -30,6 +30,9 @@ NAMES: dict[str, Pair] = {
     "f1": ("F1", "F1"),
     "precision": ("precision", "精确率"),
     "recall": ("recall", "召回率"),
+    "auc": ("AUC", "AUC"),
+    "gauc": ("AUC within each user", "用户内 AUC（GAUC）"),
+    "expected_over_clicks": ("clicks foretold over clicks made", "预测点击数 / 实际点击数"),
     "calibration_error": ("calibration error", "校准误差"),
     "log_loss": ("log loss", "对数损失"),
     "perplexity": ("perplexity", "困惑度"),
@@ -172,6 +175,7 @@ def _context(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any]) ->
         "calibration": charts.reliability(calibration["confidence"], calibration["accuracy"], calibration["count"]),
         "wide": len(matrix["labels"]) > charts.WIDE,
         "classes": list(figures.get("classes") or [])[:CLASSES],
+        "importance": _importance(figures.get("importance") or []),
         "mistakes": [_mistake(one) for one in figures.get("mistakes") or []],
         "curves": curves(run.folder.file("log.jsonl"), run.task.metric[0], run.task.metric[1]),
         "data": data_section(data_report(run)),
@@ -187,6 +191,11 @@ def _metric(name: str, metric: Mapping[str, Any], main: bool) -> dict[str, Any]:
     within = bool(low) and name not in UNBOUNDED and 0 <= metric["low"] <= metric["high"] <= 1
     picture = charts.interval(metric["value"], metric["low"], metric["high"]) if within else ""
     return {"name": name_of(name), "value": value, "low": low, "high": high, "main": main, "picture": picture}
+
+
+def _importance(fields: Sequence[Mapping[str, Any]], most: int = 40) -> list[dict[str, Any]]:
+    top = max((one["loss"] for one in fields), default=0.0) or 1.0
+    return [{**one, "share": max(0.0, one["loss"] / top)} for one in fields[:most]]
 
 
 def _mistake(one: Mapping[str, Any]) -> dict[str, Any]:

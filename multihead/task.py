@@ -192,6 +192,10 @@ class Task:
         """What the report shows beyond numbers: {"confusion": {...}, "mistakes": [...], "samples": [...]}."""
         return {}
 
+    def explain(self, model: nn.Module, examples: Sequence[Example]) -> dict[str, Any]:
+        """Figures of the report that ask the model more than its answers: {"importance": [{"name", "loss"}, …]}."""
+        return {}
+
     # -- serve --------------------------------------------------------------------------------------------------------
 
     def embed(self, model: nn.Module, batch: Batch) -> Tensor:

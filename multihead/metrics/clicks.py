@@ -74,7 +74,9 @@ def log_loss(probability: Array, clicked: Array, weights: Array | None = None) -
 def bins_of(probability: Array, bins: int) -> Array:
     """(n,) the bin of each row: as many rows in each as can be without parting equal probabilities."""
     probability = np.asarray(probability, dtype=np.float64)
-    edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1])) if len(probability) else []
+    if not len(probability):
+        return np.zeros(0, dtype=np.int64)
+    edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
     return np.searchsorted(edges, probability, side="right")
 
 

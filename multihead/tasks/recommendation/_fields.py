@@ -34,6 +34,9 @@ class FieldTable(nn.Module):
         std: deviation of the fresh weights.
     """
 
+    of_V: Tensor
+    missing_M: Tensor
+
     def __init__(self, codec: FieldCodec, width: int, std: float) -> None:
         super().__init__()
         self.several, self.quantities = len(codec.several), len(codec.quantities)
@@ -84,7 +87,7 @@ class FieldTable(nn.Module):
 
 
 class FieldInput(nn.Module):
-    """The tokens that the trunk reads, (B, 1 + F, D): the answer's, then one a field, each plus its field's own vector."""
+    """The tokens that the trunk reads, (B, 1 + F, D): the answer's, then each field's, plus a vector of its place."""
 
     def __init__(self, codec: FieldCodec, config: TransformerConfig) -> None:
         super().__init__()
@@ -99,6 +102,8 @@ class FieldInput(nn.Module):
 
 class Pairs(nn.Module):
     """Σ over pairs of fields of their weight times the product of their vectors: (B,)."""
+
+    above: Tensor
 
     def __init__(self, codec: FieldCodec, width: int) -> None:
         super().__init__()
