@@ -176,8 +176,8 @@ def evaluate(
 def predict(
     run: RunPath,
     inputs: Annotated[list[str] | None, _argument(
-        "INPUT", "texts to answer; for pictures and clips: files, folders, globs",
-        "要回答的文本；图片和视频任务为文件、文件夹或通配符")] = None,
+        "INPUT", "texts to answer; for pictures, clips and recordings: files, folders, globs",
+        "要回答的文本；图片、视频和录音任务为文件、文件夹或通配符")] = None,
     file: Annotated[Path | None, _option(
         "--file", "rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt", "FILE")] = None,
     out: Annotated[Path | None, _option(
@@ -203,7 +203,7 @@ def predict(
         count = predict_file(opened, file, out, wishes)
         _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"), markup=False)
         return
-    if any(column.kind in ("image", "video") for column in opened.task.inputs()):
+    if any(column.kind in ("image", "video", "audio") for column in opened.task.inputs()):
         for where, answer in predict_pictures(opened, inputs or [], wishes):
             print(json.dumps({"file": where, **answer}, ensure_ascii=False))
         return

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from multihead.data.loader import sequential
+from multihead.data.columns import MEDIA
 from multihead.data.store import Store
 from multihead.errors import UserError, nearest, tr
 from multihead.run import WEIGHTS, file_hash, replacing, size_text
@@ -373,7 +374,7 @@ def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mappi
     """Lines of ``predictions.jsonl``: a row's place, its input and target columns, and the answer to it."""
     inputs = [c.name for c in task.inputs()]
     targets = [c.name for c in task.columns if c.name not in inputs]
-    inputs = [c.name for c in task.inputs() if c.kind not in ("image", "video")]  # a picture's place says enough
+    inputs = [c.name for c in task.inputs() if c.kind not in MEDIA]  # a file's place says enough
     for reply, row in zip(replies, rows, strict=True):
         line: dict[str, Any] = {}
         if row:

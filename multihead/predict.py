@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from multihead.data.columns import Column, convert
+from multihead.data.columns import MEDIA, Column, convert
 from multihead.data.encoding import read_lines
 from multihead.data.files import find_sources
 from multihead.data.formats import texts
@@ -166,7 +166,7 @@ def predict_file(
 def predict_pictures(
     run: Any, inputs: Sequence[str], ask: Mapping[str, Any] | None = None, progress: bool = True
 ) -> Iterator[tuple[str, Answer]]:
-    """(place, answer) of every picture that `inputs` name: files, folders and globs, also archives and tables of them.
+    """(place, answer) of every picture or recording that `inputs` name: files, folders and globs, also archives and tables of them.
 
     Raises:
         UserError: with the place of every picture that cannot be read, before the first answer is made.
@@ -179,8 +179,8 @@ def predict_pictures(
 
 
 def without_pictures(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as it is written beside its answer: a picture's place says enough."""
-    pictures = {column.name for column in task.columns if column.kind in ("image", "video")}
+    """A row as it is written beside its answer: of a picture or a recording its place says enough."""
+    pictures = {column.name for column in task.columns if column.kind in MEDIA}
     return {name: value for name, value in row.items() if name not in pictures}
 
 

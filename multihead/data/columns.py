@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from multihead.data import images, video
+from multihead.data import audio, images, video
 from multihead.data.events import guess_log, ids_of, seconds
 from multihead.data.squad import answers
 from multihead.errors import Problem, UserError, nearest, tr
 
-ColumnKind = Literal["text", "label", "labels", "id", "ids", "number", "time", "answers", "image", "video", "any"]
+ColumnKind = Literal["text", "label", "labels", "id", "ids", "number", "time", "answers", "image", "video", "audio",
+                     "any"]
+MEDIA = {"image": images, "video": video, "audio": audio}
+"""Kinds whose values are whole files, written as data URIs, and what knows of each."""
 
 TEXT_NAMES = ("text", "review", "sentence", "content", "comment", "body", "message", "document", "paragraphs",
               "paragraph", "文本", "评论", "内容", "正文", "句子", "评价", "留言", "评论内容", "文本内容")
@@ -41,7 +44,8 @@ class Column:
     kinds: "text" str, not blank; "label" one str; "labels" list of str; "id" str; "ids" list of str, one id alone being
     a list of one; "number" int or float; "time" float, in seconds where it was a date, else the number as it stands;
     "answers" list of {"text", "answer_start"}, empty for a question that has none (see `squad.answers`); "image" str,
-    the picture's file as a data URI; "video" str, a clip's, or a `video.ClipFile`; "any" the value as it stands.
+    the picture's file as a data URI; "video" str, a clip's, or a `video.ClipFile`; "audio"
+    str, a recording's; "any" the value as it stands.
     """
 
     name: str
@@ -167,8 +171,8 @@ def _guess_by_content(missing: Sequence[Column], header: Sequence[str], sample: 
     for column, name in zip(texts, sorted(wordy[:len(texts)], key=free.index), strict=False):
         take(column, name)
     for column in missing:
-        if column.kind in ("image", "video"):
-            fits = (images if column.kind == "image" else video).looks_like_path
+        if column.kind in MEDIA:
+            fits = MEDIA[column.kind].looks_like_path
             pictures = [n for n in free if values[n] and all(map(fits, values[n]))]
             if pictures:
                 take(column, pictures[0])
@@ -193,7 +197,7 @@ def blank(value: Any) -> bool:
 def _usable(column: Column, values: Sequence[Any]) -> bool:
     """Whether a column called right can be what is wanted: not where every value in it is of another kind."""
     present = [v for v in values if not blank(v)]
-    if column.kind in ("image", "video") and any(images.path_of(v) for v in present):
+    if column.kind in MEDIA and any(images.path_of(v) for v in present):
         return True
     return not present or any(not convert(column, v)[1] for v in present)
 
@@ -228,8 +232,8 @@ def convert(column: Column, value: Any) -> tuple[Any, str]:
         return None, tr(f"'{column.name}' is empty", f"“{column.name}”为空")
     if column.kind == "any":
         return value, ""
-    if column.kind in ("image", "video"):
-        picture, fault = (images if column.kind == "image" else video).value(value)
+    if column.kind in MEDIA:
+        picture, fault = MEDIA[column.kind].value(value)
         return (None, fault) if fault else (picture, "")
     if column.kind == "labels":
         parts = value if isinstance(value, list) else _SEPARATORS.split(_scalar(value) or "")

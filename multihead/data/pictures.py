@@ -190,6 +190,8 @@ def _look_archive(source: Source, wanted: Wanted) -> FileOf:
 class PictureRows(Rows):
     """`Rows` whose pictures are read from wherever they lie."""
 
+    media = "image"
+
     @property
     def files(self) -> list[Path]:
         found = []
@@ -225,19 +227,28 @@ class PictureRows(Rows):
                 yield row
 
     def _value(self, file: FileOf, column: Column, value: Any) -> tuple[Any, str]:
-        path = images.path_of(value) if column.kind == "image" else None
+        path = images.path_of(value) if column.kind == self.media else None
         if path is None:
             return convert(column, value)
         if isinstance(file, ArchiveOf):
             return path, ""  # its picture comes by later
-        uri, fault = images.read_path(path, file.source.path)
+        uri, fault = self._path(path, file.source.path)
         return (None, fault) if fault else (uri, "")
+
+    def _path(self, path: str, table: Path) -> tuple[str, str]:
+        return images.read_path(path, table)
+
+    def _uri(self, content: bytes | None) -> tuple[str, str]:
+        return images.to_uri(content) if content is not None else ("", images.too_large(1 << 40))
+
+    def _none(self, name: str) -> str:
+        return tr(f"there is no picture {name!r} in the archive", f"压缩包里没有图片 {name!r}")
 
     def _archived(self, file: ArchiveOf) -> Iterator[Row]:
         """The rows of a table in an archive, in the order in which the archive holds their pictures."""
         assert file.archive is not None
         waiting = defaultdict[str, list[Row]](list)
-        image = next(c for c in self._wanted.columns if c.kind == "image")
+        image = next(c for c in self._wanted.columns if c.kind == self.media)
         for record in _records(file.source, file.form, self._wanted.encoding):
             row = self._record_row(file, record)
             if row is None:
@@ -249,7 +260,7 @@ class PictureRows(Rows):
                 waiting[_inside(file.inside, path)].append(row)
         for name, content in members(file.archive):
             for row in waiting.pop(name, ()):
-                uri, fault = images.to_uri(content) if content is not None else ("", images.too_large(1 << 40))
+                uri, fault = self._uri(content)
                 if fault:
                     self._reject(fault, f"{file.archive.name}/{name}")
                 else:
@@ -257,8 +268,7 @@ class PictureRows(Rows):
                     yield row
         for name, rows in waiting.items():
             for row in rows:
-                self._reject(tr(f"there is no picture {name!r} in the archive",
-                                f"压缩包里没有图片 {name!r}"), row.where)
+                self._reject(self._none(name), row.where)
 
 
 def _inside(folder: str, path: str) -> str:

@@ -77,6 +77,10 @@ def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
         from multihead.data.pictures import open_pictures
 
         return open_pictures(paths, wanted, Path(base))
+    if any(column.kind == "audio" for column in columns):
+        from multihead.data.recordings import open_recordings
+
+        return open_recordings(paths, wanted, Path(base))
     sources, skipped = find_sources(paths, Path(base))
     files, problems = [], []
     for source in sources:
@@ -280,6 +284,8 @@ def _how_read(about: Mapping[str, Any]) -> str:
         form = named + ("" if about["header"] else tr(" without header", "，没有表头"))
     elif form == "txt":
         form = tr("plain text", "纯文本")
+    elif form == "recordings":
+        form = tr("recordings", "录音")
     elif form in ("images", "idx"):
         form = tr("pictures", "图片") + (" (IDX)" if form == "idx" else "")
     elif form == "lists":
@@ -290,7 +296,7 @@ def _how_read(about: Mapping[str, Any]) -> str:
                  "passages": tr(" of passages", "（段落）")}.get(about["nested"], "")
     parts = [form, about["encoding"].upper(), "gzip" if about["packed"] else ""]
     words = {"name": tr("by name", "按列名"), "content": tr("by content", "按内容"), "given": tr("given", "配方指定"),
-             "folder": tr("the folder's name", "文件夹名")}
+             "folder": tr("the folder's name", "文件夹名"), "beside": tr("the file beside it", "旁边的文件")}
     columns = [f"{ours} = {theirs} ({words[about['how'][ours]]})" if theirs else f"{ours} ({words[about['how'][ours]]})"
                for ours, theirs in about["mapping"].items()]
     return ", ".join(p for p in parts if p) + "; " + ", ".join(columns)
