@@ -230,7 +230,10 @@ class _Chooser:
     """Takes frames in the order in which they are shown and keeps, as images, those in force at each moment."""
 
     def __init__(self, moments: Sequence[float], side: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self.waiting, self.side = list(moments), side
+        self.reformatter = VideoReformatter()
         self.before: Any = None
         self.found: list[Any] = []
 
@@ -248,7 +251,7 @@ class _Chooser:
         """Use `frame` for all moments before `until`; None: nothing is known of the time of what follows."""
         count = 0 if until is None else sum(moment < until for moment in self.waiting)
         if count:
-            self.waiting, image = self.waiting[count:], _image(frame, self.side)
+            self.waiting, image = self.waiting[count:], _image(frame, self.side, self.reformatter)
             self.found += [image] * count
 
     def ended(self) -> list[Any]:
@@ -256,11 +259,11 @@ class _Chooser:
         if self.before is None:
             raise _damaged(tr("none of its frames can be had", "其中没有可用的帧"))
         if self.waiting:
-            self.found += [_image(self.before, self.side)] * len(self.waiting)
+            self.found += [_image(self.before, self.side, self.reformatter)] * len(self.waiting)
         return self.found
 
 
-def _image(frame: Any, side: int) -> Any:
+def _image(frame: Any, side: int, reformatter: Any) -> Any:
     """A frame as a pillow image, upright: RGBA where it is partly transparent, L where it is grey, else RGB."""
     Image, _ = pillow()
     if side and (shrink := min(frame.width, frame.height) / (2 * side)) > 1:
@@ -268,7 +271,8 @@ def _image(frame: Any, side: int) -> Any:
     else:
         width, height = frame.width, frame.height
     alpha = any(component.is_alpha for component in frame.format.components)
-    plain = frame.reformat(width, height, "rgba" if alpha else "rgb24", interpolation="AREA")
+    # One thread: starting others takes longer than all the work on frames of this size.
+    plain = reformatter.reformat(frame, width, height, "rgba" if alpha else "rgb24", interpolation="AREA", threads=1)
     pixels = plain.to_ndarray()
     if frame.rotation:
         pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
