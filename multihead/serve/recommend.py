@@ -253,7 +253,7 @@ def router(models: Mapping[str, Hosted], settings: ServeSettings) -> APIRouter:
 
     answer.__annotations__["body"] = bodies(models, settings)
     found.post("/v1/recommend", responses={**ERRORS, 200: {"model": OneList | Lists}})(answer)
-    _add_items(found)
+    found.include_router(_items())
     return found
 
 
@@ -312,7 +312,8 @@ def _check(asked: Sequence[Mapping[str, Any]], ranker: Hosted | None, several: b
                 raise ApiError(422, f"{where}: {fault}", where, "invalid_value")
 
 
-def _add_items(found: APIRouter) -> None:
+def _items() -> APIRouter:
+    found = APIRouter()
     texts: dict[str, list[str]] = {}
 
     def matching(hosted: Hosted, words: list[str], limit: int) -> list[dict[str, Any]]:
@@ -329,8 +330,16 @@ def _add_items(found: APIRouter) -> None:
         q: Annotated[str, Query(max_length=200)] = "",
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         model: str | None = None,
+        id: Annotated[list[str] | None, Query(max_length=100)] = None,
     ) -> Response:
-        """Items whose title or id holds every word of `q`, the most popular first; without `q`, the most popular."""
+        """Items whose title or id holds every word of `q`, the most popular first; without `q`, the most popular. With
+        `id`, those items, without what the catalogue does not have."""
         hosted = chosen(request, model, "model", lambda h: h.task.retrieves)
+        if id is not None:
+            codec = hosted.task.codec  # type: ignore[attr-defined]
+            known = [codec.shown(number) for number in codec.encode(id)[0].tolist()]
+            return PlainJSON({"object": "list", "model": hosted.name, "data": known})
         data = await asyncio.to_thread(matching, hosted, q.casefold().split(), limit)
         return PlainJSON({"object": "list", "model": hosted.name, "data": data})
+
+    return found

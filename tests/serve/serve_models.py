@@ -20,6 +20,7 @@ from multihead.task import Answer, Batch, Example, Task
 from multihead.tasks.language.fill_mask import FillMask
 from multihead.tasks.language.text_classification import TextClassification
 from multihead.tasks.language.text_generation import LanguageModel, TextGeneration
+from multihead.tasks.recommendation.sequential_recommendation import SequentialRecommendation
 from multihead.transformer.config import TransformerConfig
 
 LINES = [
@@ -113,6 +114,53 @@ def eye(folder: Path) -> tuple[Any, nn.Module, Path]:
     return task, task.model(TransformerConfig(d_model=32, num_layers=1, num_heads=2)).eval(), files[0]
 
 
+FILMS = [{"history": [f"i{n}"] * (30 - n), "item": f"i{n}"} for n in range(30)]
+"""What a retriever learns its catalogue from: i0, the most popular, to i29."""
+
+
+def finder(**options: Any) -> tuple[SequentialRecommendation, nn.Module]:
+    """A retriever of random weights that knows the items i0 … i29 by titles, and the users a, b and c."""
+    task = SequentialRecommendation(SequentialRecommendation.Options(max_items=8, **options))
+    task.fit(FILMS)
+    task.codec.titles = {name: {"title": f"<b>Film</b> {name[1:]}"} for name in task.codec.names}
+    task.known = {user: {"history": [f"i{n}" for n in held]} for user, held in [("a", [1, 2]), ("b", [3]), ("c", [])]}
+    torch.manual_seed(5)
+    config = TransformerConfig(d_model=16, num_layers=1, num_heads=2, max_length=8)
+    return task, task.model(config).eval()
+
+
+class Taste(Task):
+    """A ranker by closed form: an item's number by a user's sign and the hour, so that every list can be foretold."""
+
+    field = "recommendation"
+    title = ("whether somebody clicks", "是否会点击")
+    columns = (Column("user", "id", required=False), Column("item", "id", required=False),
+               Column("hour", "number", required=False), Column("label", "label", target=True))
+    ranks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, Any]] = []
+
+    def context(self) -> list[Column]:
+        return [Column("hour", "number", required=False), Column("device", "text", required=False)]
+
+    def catalogue(self, items: Sequence[Any]) -> None:
+        self.told = list(items)
+
+    def rank(self, model: nn.Module, requests: Sequence[Any]) -> list[list[float]]:
+        if any(request["context"].get("device") == "broken" for request in requests):
+            raise UserError("context.device: this device is broken")
+        return [[taste(request["user"], item, request["context"].get("hour", 0)) for item in request["items"]]
+                for request in requests]  # fmt: skip
+
+
+def taste(user: str | None, item: str, hour: float = 0) -> float:
+    """What `Taste` gives: users in the first half of the alphabet like late numbers, others early ones."""
+    number = int(item[1:]) + hour
+    return (number if (user or "z") < "m" else -number) / 64
+
+
 def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) -> list[Served]:
     """The models called `names`."""
     torch.manual_seed(1)
@@ -120,6 +168,8 @@ def served(names: Sequence[str] = ("writer", "mood"), max_length: int = 1024) ->
         "writer": lambda: Served("writer", *writer(max_length), examples=LINES[:1]),
         "labeller": lambda: Served("labeller", *labeller()),
         "filler": lambda: Served("filler", *filler(), examples=["房间很<mask>净"]),
+        "finder": lambda: Served("finder", *finder(), examples=[{"history": ["i4", "i7"]}]),
+        "taste": lambda: Served("taste", Taste(), nn.Linear(1, 1)),
         "mood": lambda: Served("mood", Mood(), Mean().eval(), examples=[LINES[1], "<img src=x onerror=alert(1)>"]),
     }
     return [known[name]() for name in names]

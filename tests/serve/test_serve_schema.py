@@ -31,6 +31,8 @@ def described(*names: str):
 
 writer, mood = described("writer"), described("mood").include(path="/v1/predict")
 filler = described("filler").include(path="/v1/embeddings")
+chain = described("finder", "taste").include(path_regex="^/v1/(recommend|items)$")
+assert {"/v1/recommend", "/v1/items"} <= set(chain)
 assert {"/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(writer)
 
 
@@ -49,4 +51,10 @@ def test_no_answer_of_a_labeller_breaks_the_description(case):
 @filler.parametrize()
 @LIMITS
 def test_no_vector_breaks_the_description(case):
+    case.validate_response(case.call(), checks=CHECKS)
+
+
+@chain.parametrize()
+@LIMITS
+def test_no_list_breaks_the_description(case):
     case.validate_response(case.call(), checks=CHECKS)
