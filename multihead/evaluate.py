@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from multihead.data.loader import sequential
 from multihead.data.columns import MEDIA
+from multihead.data.loader import sequential
 from multihead.data.store import Store
 from multihead.errors import UserError, nearest, tr
 from multihead.run import WEIGHTS, file_hash, replacing, size_text

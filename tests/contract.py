@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import yaml
 
 from multihead import evaluate, prepare, task
 from multihead import recipe as recipes
-from multihead.data import images, video
+from multihead.data import audio, images, video
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint, device
 from multihead.train import Trainer, train
@@ -43,6 +44,7 @@ WORDS = [
     "位置",
 ]
 ITEMS = 40
+LETTERS = "abc好"
 
 
 def value(kind: str, rng: np.random.Generator, i: int) -> Any:
@@ -63,6 +65,8 @@ def value(kind: str, rng: np.random.Generator, i: int) -> Any:
         return images.to_uri(b"P5 16 20 255\n" + grey.tobytes())[0]
     if kind == "video":
         return clip(i % 3, rng)
+    if kind == "audio":
+        return tones("abc"[i % 3], rng)
     return str(i) if kind == "id" else float(rng.normal())
 
 
@@ -78,6 +82,16 @@ def clip(turn: int, rng: np.random.Generator) -> str:
     with io.BytesIO() as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100)
         return video.to_uri(file.getvalue())[0]
+
+
+def tones(text: str, rng: np.random.Generator) -> str:
+    """A recording of a tone for every letter, on some noise."""
+    second = np.arange(960) / 8000
+    parts = [np.sin(2 * np.pi * (300 + 400 * LETTERS.index(letter)) * second) for letter in text]
+    wave = np.concatenate([np.pad(part, 120) for part in parts]) * 8000 + rng.normal(0, 50, 1200 * len(text))
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 2 * len(wave), b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16,
+                       b"data", 2 * len(wave))  # fmt: skip
+    return audio.to_uri(head + wave.astype("<i2").tobytes())[0]
 
 
 def sample_lines(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -101,6 +115,11 @@ def sample_rows(kind: type[task.Task], count: int, seed: int = 0) -> list[dict[s
             for row in rows:
                 start = int(rng.integers(0, 40))
                 row[column.name] = [{"text": row[passage][start : start + 6].strip(), "answer_start": start}]
+        if column.kind == "audio":
+            spoken = next((c.name for c in kind.columns if c.kind == "text"), None)
+            for row in rows if spoken else ():
+                row[spoken] = "".join(rng.choice(list(LETTERS), size=int(rng.integers(1, 4))))
+                row[column.name] = tones(row[spoken], rng)
     return rows
 
 
