@@ -23,6 +23,10 @@ import torch
 from ..errors import UserError, tr
 from ..run import free_space, size_text
 
+# oneDNN keeps the code of its last 1,024 products, and batches of texts hardly ever have the same lengths twice:
+# hundreds of megabytes that nobody asks for again. A step makes some 25 kinds. Read at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 # What each extra is for, and the modules by which we see that it is there.
 EXTRAS = {
     "data": ("pyarrow",),
