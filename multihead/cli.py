@@ -181,12 +181,14 @@ def predict(
     file: Annotated[Path | None, _option(
         "--file", "rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt", "FILE")] = None,
     out: Annotated[Path | None, _option(
-        "--out", "where to write the answers (jsonl)", "回答写到哪里（jsonl）", "FILE")] = None,
+        "--out", "where to write the answers (jsonl); of a task that draws, a folder for the pictures",
+        "回答写到哪里（jsonl）；生成图片的任务为存放图片的文件夹", "FILE")] = None,
     ask: Annotated[list[str] | None, _option(
         "--ask", "what to ask for, such as temperature=0.7", "询问的选项，例如 temperature=0.7", "KEY=VALUE")] = None,
     device: Device = "auto",
 ) -> None:
     from multihead.build import open_run
+    from multihead.data import images
     from multihead.predict import predict_file, predict_pictures
 
     if bool(inputs) == (file is not None):
@@ -194,11 +196,11 @@ def predict(
                            "请给出文本，或用 --file 给出文件，二者选一"))
     if file is not None and out is None:
         raise UserError(tr("--file needs --out, the file for the answers", "--file 需要 --out，即回答写入的文件"))
-    if file is None and out is not None:
-        raise UserError(tr("--out goes with --file; answers to texts are printed",
-                           "--out 要与 --file 一起用；文本的回答直接打印"))
     wishes = _asked(ask or [])
     opened = open_run(run, device)
+    if file is None and out is not None and not opened.task.draws:
+        raise UserError(tr("--out goes with --file; answers to texts are printed",
+                           "--out 要与 --file 一起用；文本的回答直接打印"))
     if file is not None and out is not None:
         count = predict_file(opened, file, out, wishes)
         _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"), markup=False)
@@ -207,8 +209,9 @@ def predict(
         for where, answer in predict_pictures(opened, inputs or [], wishes):
             print(json.dumps({"file": where, **answer}, ensure_ascii=False))
         return
-    for answer in opened.predict(inputs or [], **wishes):
-        print(json.dumps(answer, ensure_ascii=False))
+    for number, answer in enumerate(opened.predict(inputs or [], **wishes), 1):
+        shown = answer if out is None else images.written(answer, out, str(number))
+        print(json.dumps(shown, ensure_ascii=False))
 
 
 @app.command(help=tr("step 5: a server for one or several runs, and a page to try them",

@@ -23,7 +23,7 @@ Method = Literal["euler", "midpoint", "heun"]
 METHODS: tuple[str, ...] = get_args(Method)
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, …), t (B,)) → dx/dt (B, …)."""
-MOST_STEPS, MOST_PICTURES, MOST_GUIDANCE = 100, 16, 20.0
+MOST_STEPS, MOST_PICTURES, MOST_GUIDANCE = 100, 10, 20.0
 SEEDS = 1 << 63
 
 

@@ -107,6 +107,7 @@ class Hosted:
             "inputs": [{"name": c.name, "kind": c.kind, "required": c.required} for c in self.task.inputs()],
             "options": list(self.asks),
             "embeds": self.embeds,
+            "draws": self.task.draws,
             "retrieves": self.task.retrieves,
             "ranks": self.task.ranks,
             "context": [{"name": c.name, "kind": c.kind} for c in self.task.context()],

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,15 +184,3 @@ def copies(pictures: Sequence[str], real: np.ndarray, learned: np.ndarray) -> Ga
         "rows": [{"name": f"{distance[0]:.3f}", "pictures": [uri, *map(to_png, learned[near])]}
                  for uri, near, distance in zip(pictures, which, far, strict=False)],
     }  # fmt: skip
-
-
-def write(answer: dict[str, Any], folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """The answer with its ``pictures`` written into `folder` as ``<name>-1.png`` … and told by their places."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, uri in enumerate(answer["pictures"], 1):
-        path = place / f"{name}-{i}.png"
-        path.write_bytes(base64.b64decode(uri.partition(",")[2]))
-        paths.append(str(path))
-    return {**answer, "pictures": paths}

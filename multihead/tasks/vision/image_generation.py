@@ -66,7 +66,7 @@ class ImageGeneration(Task):
         "train": {
             "steps": 10000, "batch_size": 64, "optimizer": "muon", "lr": 1e-3, "weight_decay": 0.0, "ema": 0.999,
         },
-        "serve": {"max_rows": 16, "max_batch": 8, "queue": 32},
+        "serve": {"max_rows": 8, "max_batch": 4, "queue": 32},
     }
 
     codec: ImageCodec
