@@ -89,8 +89,9 @@ def tones(text: str, rng: np.random.Generator) -> str:
     second = np.arange(960) / 8000
     parts = [np.sin(2 * np.pi * (300 + 400 * LETTERS.index(letter)) * second) for letter in text]
     wave = np.concatenate([np.pad(part, 120) for part in parts]) * 8000 + rng.normal(0, 50, 1200 * len(text))
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 2 * len(wave), b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16,
-                       b"data", 2 * len(wave))  # fmt: skip
+    size = 2 * len(wave)
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16,
+                       b"data", size)  # fmt: skip
     return audio.to_uri(head + wave.astype("<i2").tobytes())[0]
 
 
