@@ -135,3 +135,11 @@ def test_a_taken_port_is_said_in_one_line():
             listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen"):
         listen("203.0.113.7", 0)
+
+
+def test_an_answer_is_not_held_back_for_company():
+    """asyncio turns off Nagle's delay of 40 ms for sockets that say they are TCP, and for no others."""
+    from multihead.serve.app import listen
+
+    with listen("127.0.0.1", 0) as found:
+        assert found.proto == socket.IPPROTO_TCP
