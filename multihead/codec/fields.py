@@ -37,6 +37,8 @@ LIMIT = 2_000_000
 MISSING, UNSEEN, BUCKETS = 0, 1, 2
 """Places in a field's share of the list."""
 _CODE = re.compile(r"(^|[_\s])(id|code|zip|zipcode|postcode|no)$|[a-z]Id$|ID$|编号|编码|邮编", re.IGNORECASE)
+_PADDED = re.compile(r"0\d+\Z")
+"""Numbers with a 0 in front (00123) are codes."""
 _WORD = re.compile(r"\w+")
 _SEPARATORS = ("|", ";", "；", "、", ",", "，")
 
@@ -180,8 +182,8 @@ class FieldCodec:
             for name, counts in counted.items():
                 value = row.get(name)
                 if isinstance(value, (list, tuple)):
-                    lists[name], value = True, tuple(map(text, value))
-                key = None if blank(value) or value == () else value if isinstance(value, tuple) else text(value)
+                    lists[name], value = True, tuple(map(text, value)) or None
+                key = None if blank(value) else value if isinstance(value, tuple) else text(value)
                 if key in counts or len(counts) < LIMIT:
                     counts[key] += 1
                 else:
@@ -281,13 +283,13 @@ def _bucket(name: str, buckets: int) -> int:
 def guess(name: str, counts: Mapping[Any, int], lists: bool) -> Kind:
     """What kind of field this is, from its name and its values."""
     values = [v for v in counts if v is not None]
-    if len(values) < 2 and not lists:
+    if len(counts) < 2 and not lists:
         return "ignore"  # the same in every row: nothing to learn from
     if lists:
         return "multi"
     some = values[:20_000]
     if all(number(v) is not None for v in some):
-        return "categorical" if _CODE.search(name) else "numeric"
+        return "categorical" if _CODE.search(name) or any(map(_PADDED.match, some)) else "numeric"
     if any("|" in v for v in some):
         return "multi"
     if all(seconds(v) is not None for v in some):

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from multihead.data.columns import Column, blank, plain_name
-from multihead.data.rows import open_rows
+from multihead.data.rows import Rows, open_rows
 from multihead.errors import UserError, nearest, tr
 
+SECOND = "(second column)"
 _RUN = re.compile(r"(\d+)\s*-\s*(\d+)\Z")
 
 
 def read_attributes(
-    path: str | Path, key: str, names: Sequence[str], columns: Mapping[str, str] | None = None
+    path: str | Path, key: str, names: Sequence[str], columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """id → {name: value as it stands in the file}; of an id that stands there twice, the first.
 
@@ -25,34 +27,44 @@ def read_attributes(
         columns: ours → theirs for the columns wanted: a name, a number (1 is the first), or a run of numbers "6-24" of
             columns that hold 0 or 1, which become one value, the list of the numbers that hold 1. None: every column,
             under its own name, in a table without a header as "user_2".
+        encoding: where its content does not tell.
 
     Raises:
         UserError: no such file, no column of ids, or no such column.
     """
-    wanted = [Column(key, "id", names=("id", *names))]
-    rows = open_rows(str(path), wanted, None if _named(path, wanted) else {key: "1"}, base=Path.cwd())
+    rows = _open(path, key, names, encoding)
     about = rows.guess["files"][0]
-    header, named = about["columns"], about["header"] or about["format"] != "csv"
+    header, first = about["columns"], about["mapping"][key]
     if columns is None:
-        chosen = {name if named else f"{key}_{name}": [name] for name in header if name != about["mapping"][key]}
+        named = about["header"] or about["format"] != "csv"
+        chosen = {name if named else f"{key}_{name}": [name] for name in header if name != first}
     else:
         chosen = {ours: _places(str(theirs), header, f"options.{key}_columns.{ours}", str(path))
                   for ours, theirs in columns.items()}
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
+        if SECOND in row:
+            row["2"] = row[SECOND]
         held = {ours: _value(row, theirs) for ours, theirs in chosen.items()}
         found.setdefault(row[key], {name: value for name, value in held.items() if not blank(value)})
     return found
 
 
-def _named(path: str | Path, wanted: Sequence[Column]) -> bool:
-    """Whether the column of ids can be found by its name."""
+def _open(path: str | Path, key: str, names: Sequence[str], encoding: str | None) -> Rows:
+    """The table, its column of ids found by name, or the first of a table without a header."""
+    ids = Column(key, "id", names=("id", *names))
     try:
-        open_rows(str(path), wanted, base=Path.cwd())
+        return open_rows(str(path), [ids], encoding=encoding, base=Path.cwd())
     except UserError as error:
-        # Anything else that is wrong with the file is said when it is opened by place.
-        return not any("data.columns" in str(problem) for problem in error.problems)
-    return True
+        try:
+            # Two columns asked for by their place: then it is a table, whatever stands between them.
+            rows = open_rows(str(path), [ids, Column(SECOND, "any", required=False)], {key: "1", SECOND: "2"},
+                             encoding=encoding, base=Path.cwd())  # fmt: skip
+        except UserError:
+            raise error from None
+        if rows.guess["files"][0]["header"]:
+            raise error from None
+        return rows
 
 
 def _places(theirs: str, header: Sequence[str], key: str, path: str) -> list[str]:

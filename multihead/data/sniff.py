@@ -133,7 +133,7 @@ def _find_delimiter(text: str, whole: bool, wanted: Wanted, document: bool) -> s
         # Without a known name in the first row, prose must not pass for a table: lines often agree on their commas.
         least = 5 if document else 1 if delimiter == "\t" else 2
         alike = width > 1 and share >= (0.9 if delimiter == "\t" else 0.95) and len(rows) >= least and (
-            delimiter == "\t" or (len(required) > 1 and not document and delimiter != "，"))
+            delimiter == "\t" or (len({*required, *wanted.mapping}) > 1 and not document and delimiter != "，"))
         if named or alike:
             rank = (len(hits) if named else 0, share, width, -order)
             if best is None or rank > best[0]:

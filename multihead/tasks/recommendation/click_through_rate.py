@@ -142,7 +142,7 @@ class ClickThroughRate(Task):
             path = getattr(o, f"{key}s")
             if path:
                 chosen = None if columns is None else {ours: str(theirs) for ours, theirs in columns.items()}
-                self.tables[key] = read_attributes(path, key, names, chosen)
+                self.tables[key] = read_attributes(path, key, names, chosen, data.encoding)
                 also.append(Path(path))
         return {part: _Log(rows, also, self) for part, rows in sources.items()}
 
@@ -321,7 +321,8 @@ class ClickThroughRate(Task):
         found = []
         for start in range(0, len(examples), STEP):
             batch = {k: v.to(device) for k, v in self.collate(examples[start : start + STEP]).items()}
-            found.append(model(*self._read(batch)).double().sigmoid().cpu().numpy())
+            with torch.inference_mode():
+                found.append(model(*self._read(batch)).double().sigmoid().cpu().numpy())
         return np.concatenate(found)
 
     # -- ranking ------------------------------------------------------------------------------------------------------
