@@ -30,6 +30,8 @@ FILE = "video.json"
 MAX_PIXELS = 4096 * 2304
 """Most pixels of one frame, for what a decoder keeps of them: up to 17 frames."""
 MAX_SECONDS = 600.0
+GREY = 4
+"""Most that the colours of a grey frame differ by, of 255: coding grey pictures with colours may add so much."""
 MAX_WORK = 1 << 34
 """Most pixels that are decoded of one clip."""
 MAX_SAMPLES = 4_000_000
@@ -52,8 +54,13 @@ def pyav() -> Any:
     return av
 
 
+def _cut() -> UserError:
+    return _damaged(tr("it ends too early: it was not copied whole", "提前结束：文件不完整"))
+
+
 def _damaged(error: BaseException | str) -> UserError:
-    said = " ".join(str(error).split())[:120] or type(error).__name__
+    said = str(getattr(error, "strerror", None) or error)
+    said = " ".join(said.split())[:120] or type(error).__name__
     return UserError(tr(f"the clip cannot be decoded ({said}); save it anew or remove it",
                         f"视频无法解码（{said}）；请重新保存或删除"))
 
@@ -108,7 +115,9 @@ def _opened(file: Any, kind: str) -> Iterator[tuple[Any, Any]]:
     file.seek(0)
     if kind == "mp4":
         check_tables(file)
-        file.seek(0)
+    elif not ends_well(file, kind):
+        raise _cut()
+    file.seek(0)
     with av.open(file, format=_FORMATS[kind], options=dict(_OPTIONS)) as container:
         streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
         if not streams:
@@ -132,7 +141,8 @@ def check_size(width: int, height: int) -> None:
                            "make it smaller first",
                            f"视频有 {width:,} × {height:,} 像素；最多解码 {MAX_PIXELS:,} 像素：请先缩小"))
     if not width or not height:
-        raise UserError(tr("the clip's pictures have no pixels", "视频画面没有像素"))
+        raise UserError(tr(f"the clip's pictures have no size, or one of more than {MAX_PIXELS:,} pixels",
+                           f"视频画面没有大小，或超过 {MAX_PIXELS:,} 像素"))
 
 
 class _Table(NamedTuple):
@@ -158,7 +168,7 @@ def _table(container: Any, stream: Any) -> _Table:
         if not packet.size:
             continue
         if packet.is_corrupt:
-            raise _damaged(tr("it ends too early: it was not copied whole", "提前结束：文件不完整"))
+            raise _cut()
         moment = packet.pts if packet.pts is not None else packet.dts
         if moment is None:
             moment = times[-1] + max(1, round(1 / (unit * (stream.average_rate or 25)))) if times else 0
@@ -276,9 +286,10 @@ def _image(frame: Any, side: int, reformatter: Any) -> Any:
     pixels = plain.to_ndarray()
     if frame.rotation:
         pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-    colours = pixels[..., :3].reshape(-1, 3)
-    if not alpha and (colours == colours[:, :1]).all():
-        return Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
+    if alpha and (pixels[..., 3] == 255).all():
+        pixels, alpha = np.ascontiguousarray(pixels[..., :3]), False
+    if not alpha and int(np.ptp(pixels.astype(np.int16), axis=-1).max()) <= GREY:
+        return Image.fromarray(np.ascontiguousarray(pixels[..., 1]))
     return Image.fromarray(pixels)
 
 
@@ -318,6 +329,21 @@ def check_tables(file: Any) -> None:
             ends.append(end)
         else:
             file.seek(end)
+
+
+def ends_well(file: Any, kind: str) -> bool:
+    """Whether a WebM or a GIF reaches its end, which their demuxers take as it comes."""
+    size = file.seek(0, os.SEEK_END)
+    if kind == "gif":
+        file.seek(max(0, size - 4096))
+        return file.read().rstrip(b"\0\r\n").endswith(b";")
+    file.seek(0)
+    head = file.read(256)
+    if kind != "webm" or (at := head.find(b"\x18\x53\x80\x67") + 4) < 4 or at >= len(head) or not head[at]:
+        return True
+    width = 9 - head[at].bit_length()  # of the segment's length in bytes, itself included (RFC 8794, section 4)
+    length = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return length == (1 << 7 * width) - 1 or at + width + length <= size  # all ones: unknown, as of a live recording
 
 
 # -- the codec ---------------------------------------------------------------------------------------------------------
