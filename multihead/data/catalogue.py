@@ -31,12 +31,22 @@ def read_items(path: str, features: Sequence[str] = ()) -> dict[str, dict[str, A
     Raises:
         UserError: no such file, no column of ids, or no such feature column.
     """
+    try:
+        return _read(path, features, None)
+    except UserError as error:
+        if not any("data.encoding" in str(problem) for problem in error.problems):
+            raise
+        # A side table has no data.encoding of its own; what is no Unicode is Latin-1, as MovieLens' films are.
+        return _read(path, features, "latin-1")
+
+
+def _read(path: str, features: Sequence[str], encoding: str | None) -> dict[str, dict[str, Any]]:
     (source, *_), _ = find_sources(path, Path.cwd())
-    head = next(iter(texts(source, None)), "").lstrip()[:1]
-    if head == "{" and (held := _object(source)) is not None:
+    head = next(iter(texts(source, encoding)), "").lstrip()[:1]
+    if head == "{" and (held := _object(source, encoding)) is not None:
         return {str(key): {"features": [f"attributes={v}" for v in values] if features else []}
                 for key, values in held.items()}  # fmt: skip
-    rows = _open(path)
+    rows = _open(path, encoding)
     theirs = rows.guess["files"][0]
     wanted = _columns(features, theirs["columns"], path)
     found: dict[str, dict[str, Any]] = {}
@@ -47,13 +57,13 @@ def read_items(path: str, features: Sequence[str] = ()) -> dict[str, dict[str, A
     return found
 
 
-def _open(path: str) -> Rows:
+def _open(path: str, encoding: str | None) -> Rows:
     """A table of items: with ids and titles; without a header, ids first and titles second; or with ids alone."""
     item, title = Column("item", "id", names=("id", *ITEM_NAMES)), Column("title", "text", names=TITLE_NAMES)
     both, by_place = [item, title], {"item": "1", "title": "2"}
     for columns, mapping in ((both, None), (both, by_place), ([item, replace(title, required=False)], None)):
         try:
-            rows = open_rows(path, columns, mapping)
+            rows = open_rows(path, columns, mapping, encoding=encoding)
         except UserError as error:
             last = error
             continue
@@ -62,10 +72,10 @@ def _open(path: str) -> Rows:
     raise last
 
 
-def _object(source: Any) -> dict[str, list[Any]] | None:
+def _object(source: Any, encoding: str | None) -> dict[str, list[Any]] | None:
     """The file as one JSON object of lists; None where it is something else."""
     try:
-        held = json.loads("".join(texts(source, None)))
+        held = json.loads("".join(texts(source, encoding)))
     except (ValueError, RecursionError):
         return None
     return held if isinstance(held, dict) and held and all(isinstance(v, list) for v in held.values()) else None

@@ -128,18 +128,16 @@ class TwoTower(nn.Module):
 
     def all_items(self) -> Tensor:
         """(I, D) every item's vector, kept for as long as the weights stay and nothing is learned."""
-        version = sum(p._version for p in self.parameters())
-        if self._kept is not None and self._kept[0] == version and not torch.is_grad_enabled() and not self.training:
+        # Weights made in inference mode count no versions: nothing learns there.
+        version = sum(0 if p.is_inference() else p._version for p in self.parameters())
+        keeps = not (torch.is_grad_enabled() or self.training)
+        if keeps and self._kept is not None and self._kept[0] == version:
             return self._kept[1]
-        number_I = torch.arange(self.items, device=self.trunk_device)
+        number_I = torch.arange(self.items, device=self.item.end.device)
         found = torch.cat([self.item_tower(part)[0] for part in number_I.split(4096)])
-        if not torch.is_grad_enabled() and not self.training:
+        if keeps:
             self._kept = version, found
         return found
-
-    @property
-    def trunk_device(self) -> torch.device:
-        return self.item.end.device
 
     def users(self, user_B: Tensor, recent_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D) vectors of users by what they chose last, the histories padded on the right."""

@@ -11,9 +11,11 @@ from multihead.data.store import Store
 
 
 class Visits(Sequence[dict[str, np.ndarray]]):
-    """Each row's history and what came next as ``{"items": (T,), "user": (), "first": ()}``, T ≤ room + 1. A longer one
-    comes in several, counted from the end; every item is asked for once, those from ``first`` on: where a stretch begins
-    in the midst of a history, its first item was asked for in the stretch before."""
+    """Each row's history and what came next as ``{"items": (T,), "user": (), "first": ()}``, T ≤ room + 1.
+
+    A longer one comes in several, counted from the end. Every item is asked for once, those from ``first`` on: where a
+    stretch begins in the midst of a history, its first item was asked for in the stretch before.
+    """
 
     def __init__(self, store: Store, room: int) -> None:
         self.store = store

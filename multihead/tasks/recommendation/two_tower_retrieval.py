@@ -71,10 +71,10 @@ class TwoTowerRetrieval(Retriever):
         """A file about the users: a table with their id; its columns are read with `user_features`.
         用户信息文件：含用户编号的表格；用 user_features 指定要读的列。"""
         user_features: tuple[str, ...] = ()
-        """Columns of that file: names, or "ours=theirs", where theirs may be a number, "age=3"; a run of columns of 0 and
-        1, "tags=6-24". `features` takes the same of the file of items.
+        """Columns of that file: names, or "ours=theirs", where theirs may be a number, "age=3"; a run of columns of 0
+        and 1, "tags=6-24". `features` takes the same of the file of items.
         该文件中供模型使用的列：列名，或 "自定名=列名或列号"，如 age=3；0/1 列的区间写作 tags=6-24。features 亦同。"""
-        fields: dict[str, Kind] = {}
+        fields: dict[str, Kind] = Field({})
         """Of a feature, what it is, where the guess is wrong: categorical, numeric, multi (several divided by | or
         commas), text (read as tokens), words (read as a bag of words), time or ignore.
         特征的类型（猜错时指定）：categorical、numeric、multi（多值）、text（按词元读）、words（词袋）、time、ignore。"""
@@ -107,7 +107,7 @@ class TwoTowerRetrieval(Retriever):
         """Keep every user's last items with the model, so that a request may name the user instead of a history.
         把每个用户最近的物品与模型一起保存，请求时可只给用户编号。"""
         index: Literal["auto", "exact", "faiss"] = "auto"
-        """How the nearest items are found: by comparing all, or by an index of faiss; auto: beyond 500,000 items, faiss.
+        """How the nearest items are found: by comparing all, or by an index of faiss; auto: faiss beyond 500,000 items.
         最近邻的查找方式：逐一比较，或 faiss 索引；auto 在超过 50 万个物品时用 faiss。"""
 
     options: Any
@@ -166,7 +166,13 @@ class TwoTowerRetrieval(Retriever):
         if not path or not features:
             return {}, []
         columns = dict(one.partition("=")[::2] if "=" in one else (one, one) for one in features)
-        return read_attributes(path, key, names, columns), list(columns)
+        try:
+            return read_attributes(path, key, names, columns), list(columns)
+        except UserError as error:
+            if not any("data.encoding" in str(problem) for problem in error.problems):
+                raise
+            # Such a table has no data.encoding of its own; what is no Unicode is Latin-1, as MovieLens' films are.
+            return read_attributes(path, key, names, columns, "latin-1"), list(columns)
 
     def _same_ids(self, log: Mapping[str, Any], table: Mapping[str, Any], path: str | None) -> None:
         if table and not any(name in table for name in log):
