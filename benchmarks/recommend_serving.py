@@ -3,11 +3,11 @@
     python benchmarks/recommend_serving.py [--json FILE] [--minutes N] [--items 100000] [--rate 50] [--seconds 20]
 
 The server is ``multihead serve``'s own application in a process of its own, with a sequential-recommendation of random
-weights (100,000 items with titles, 64 wide, 2 layers, histories of up to 50): what is measured is the same whatever the
-weights are. The load comes from another process, open loop: requests leave at their times, drawn as a Poisson process,
-whether or not earlier ones were answered, and a request's time counts from the moment at which it should have left, so
-that a server that falls behind cannot hide it (Tene's "coordinated omission"). Every answer is checked: ten items,
-none of the history.
+weights (100,000 items with titles, 64 wide, 2 layers, histories of up to 50; ``serve: {wait_ms: 0}``): what is measured
+is the same whatever the weights are. The load comes from another process, open loop: requests leave at their times,
+drawn as a Poisson process, whether or not earlier ones were answered, and a request's time counts from the moment at
+which it should have left, so that a server that falls behind cannot hide it (Tene's "coordinated omission"). Every
+answer is checked: ten items, none of the history.
 
 Beside it stand the same with MMR (`"diversify": 0.3` out of 200 candidates), and the parts of one answer, measured in a
 process of their own. Load average is printed: on cores that others use the figures say little.
@@ -53,40 +53,59 @@ def serve(items: int) -> None:
     from multihead.serve.app import Served, ServeSettings, create_app, run
 
     torch.set_num_threads(1)
-    app = create_app([Served("retriever", *retriever(items))], ServeSettings())
+    app = create_app([Served("retriever", *retriever(items))], ServeSettings(wait_ms=0))
     run(app, port=0, started=lambda address: print(address, flush=True))
+
+
+class Connections:
+    """Keep-alive connections to one server: bare HTTP/1.1 over asyncio's streams, since the load shares its machine
+    with the server, and an HTTP library takes as much time for a request as the server does."""
+
+    def __init__(self, address: str) -> None:
+        self.host, port = address.removeprefix("http://").split(":")
+        self.port = int(port)
+        self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, path: str, body: bytes) -> Any:
+        """The JSON of an answer with status 200."""
+        reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+        head = (f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n")
+        writer.write(head.encode() + body)
+        status, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        length = next(int(field[15:]) for field in fields if field.lower().startswith("content-length:"))
+        answer = json.loads(await reader.readexactly(length))
+        assert status.split()[1] == "200", answer
+        self.free.append((reader, writer))
+        return answer
 
 
 def load(address: str, items: int, rate: float, seconds: float, wish: str) -> None:
     """The load's process: prints each request's milliseconds as JSON."""
-    import httpx
-
     rng = random.Random(0)
 
-    def body() -> dict[str, Any]:
+    def wanted() -> tuple[list[str], bytes]:
         history = [f"B{rng.randrange(items):07d}" for _ in range(rng.randint(1, 50))]
-        return {"history": history, "k": K, **json.loads(wish)}
+        return history, json.dumps({"history": history, "k": K, **json.loads(wish)}).encode()
 
     async def run() -> list[float]:
-        limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
-        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=30) as client:
-            for _ in range(WARM):
-                (await client.post("/v1/recommend", json=body())).raise_for_status()
-            start, at, due = time.perf_counter() + 0.2, 0.0, []
-            while at < seconds:
-                due.append((at, body()))
-                at += rng.expovariate(rate)
-            took = [0.0] * len(due)
+        server, at, due = Connections(address), 0.0, []
+        for _ in range(WARM):
+            await server.post("/v1/recommend", wanted()[1])
+        while at < seconds:
+            due.append((at, *wanted()))
+            at += rng.expovariate(rate)
+        took, start = [0.0] * len(due), time.perf_counter() + 0.2
 
-            async def one(i: int) -> None:
-                moment, wanted = due[i]
-                await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
-                found = (await client.post("/v1/recommend", json=wanted)).json()["items"]
-                took[i] = 1000 * (time.perf_counter() - start - moment)
-                assert len(found) == K and not {item["id"] for item in found} & set(wanted["history"])
+        async def one(i: int) -> None:
+            moment, history, body = due[i]
+            await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
+            found = (await server.post("/v1/recommend", body))["items"]
+            took[i] = 1000 * (time.perf_counter() - start - moment)
+            assert len(found) == K and not {item["id"] for item in found} & set(history)
 
-            await asyncio.gather(*(one(i) for i in range(len(due))))
-            return took
+        await asyncio.gather(*(one(i) for i in range(len(due))))
+        return took
 
     print(json.dumps(asyncio.run(run())))
 
