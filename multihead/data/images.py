@@ -20,6 +20,8 @@ from multihead.errors import UserError, tr
 
 MAX_BYTES = 64 << 20
 """Largest file of one picture."""
+MAX_FRAMES = 10_000
+"""Most frames of a GIF whose first is taken for a picture."""
 HEAD = 64
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
@@ -92,7 +94,22 @@ def from_uri(uri: str) -> bytes:
         raise UserError(tr(f"the picture's base64 is damaged ({error})", f"图片的 base64 已损坏（{error}）")) from None
     if not kind_of(raw[:HEAD]):
         raise UserError(no_picture(raw[:HEAD]))
+    if fault := doubtful(raw):
+        raise UserError(fault)
     return raw
+
+
+def doubtful(raw: bytes) -> str:
+    """Why a file is not what it says, though it begins as a picture: a zip archive at its end, or a film; else ""."""
+    end = raw.rfind(b"PK\x05\x06", -66_000)  # the end record of a zip, which says how much stands behind it
+    if end >= 0 and int.from_bytes(raw[end + 20 : end + 22], "little") == len(raw) - end - 22:
+        return tr("this is a picture and a zip archive at once; save the picture anew",
+                  "这个文件既是图片又是 zip 压缩包；请重新保存图片")
+    frames = raw.count(b"\x21\xf9\x04") if raw.startswith(b"GIF8") else 0
+    if frames > MAX_FRAMES:
+        return tr(f"this GIF has about {frames:,} frames; at most {MAX_FRAMES:,} make a picture: save one of them",
+                  f"这个 GIF 约有 {frames:,} 帧；作为图片至多 {MAX_FRAMES:,} 帧：请另存其中一帧")
+    return ""
 
 
 def written(answer: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
