@@ -9,8 +9,6 @@ import math
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,10 +18,10 @@ from multihead.task import Options
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.patches import PatchInput, patch_trunk
+from multihead.transformer.times import TimeInput
 from multihead.transformer.trunk import Trunk
 
 Told = Literal["none", "label", "text"]
-WAVES = 128
 
 
 class DrawingOptions(Options):
@@ -101,26 +99,6 @@ class Wish(NamedTuple):
     def rows(self, index: Tensor) -> Wish:
         """The wishes of these pictures."""
         return Wish(*(None if part is None else part[index] for part in self))
-
-
-class TimeInput(nn.Module):
-    """Times (B,) from 0 to 1 → vectors (B, D): sines and cosines of many speeds, and two linear maps (Peebles & Xie
-    2023, section 3.2)."""
-
-    waves_W: Tensor
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        speeds = 1000 * torch.exp(-math.log(10000.0) * torch.arange(WAVES) / WAVES)
-        self.register_buffer("waves_W", speeds, persistent=False)
-        self.up, self.down = nn.Linear(2 * WAVES, d_model), nn.Linear(d_model, d_model)
-        for linear in (self.up, self.down):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, t_B: Tensor) -> Tensor:
-        angle_BW = t_B.float()[:, None] * self.waves_W
-        return self.down(F.silu(self.up(torch.cat((angle_BW.cos(), angle_BW.sin()), dim=1))))
 
 
 class PictureFlow(nn.Module):
