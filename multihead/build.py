@@ -73,6 +73,8 @@ class Taken:
     left: Counts = field(default_factory=lambda: defaultdict(int))
     unknown: Sequence[str] = ()
     """Tensors of the origin that no part of ours could hold."""
+    fitted: list[str] = field(default_factory=list)
+    """Tensors of another size that were made to fit, with both."""
 
     def __str__(self) -> str:
         def said(counts: Counts, comma: str) -> str:
@@ -83,6 +85,8 @@ class Taken:
         for counts, english, chinese in ((self.new, "new", "新建"), (self.left, "not used", "未用")):
             if counts:
                 en, zh = f"{en}; {english}: {said(counts, ', ')}", f"{zh}；{chinese}：{said(counts, '、')}"
+        if self.fitted:
+            en, zh = f"{en}; interpolated: {', '.join(self.fitted)}", f"{zh}；经插值：{'、'.join(self.fitted)}"
         if self.unknown:
             some = ", ".join(self.unknown[:3]) + (" …" if len(self.unknown) > 3 else "")
             en, zh = f"{en}; unknown: {some}", f"{zh}；不认识：{some}"
@@ -116,6 +120,7 @@ def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:
     for name, tensor in origin.tensors().items():
         part, dot, rest = name.partition(".")
         given[f"{places.get(part, part)}{dot}{rest}"] = tensor
+    fitted = _fit(getattr(model, places["input"]), places["input"], given)
     own, alias = checkpoint.aliases(model)
     _untie(own, alias, given, path)
     fits = {name: name in given and given[name].shape == value.shape and not name.startswith(tuple(new))
@@ -125,7 +130,7 @@ def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:
                 for name, fit in fits.items() if not fit and name.startswith(inside)]
     if problems:
         raise UserError.many(problems)
-    told = Taken(path, origin.family, unknown=getattr(origin, "unknown", ()))
+    told = Taken(path, origin.family, unknown=getattr(origin, "unknown", ()), fitted=fitted)
     with torch.no_grad():
         for name, value in own.items():
             if fits[name]:
@@ -134,6 +139,20 @@ def take(model: nn.Module, origin: Any, new: Sequence[str] = ()) -> Taken:
     for name, tensor in given.items():
         if not fits.get(name, name in alias):
             told.left[name.partition(".")[0]] += tensor.numel()
+    return told
+
+
+def _fit(entry: nn.Module, place: str, given: dict[str, torch.Tensor]) -> list[str]:
+    """Where an input can read weights for another size (``fitted``, as `PatchInput`), put what it makes of them into
+    `given`; what was changed, for a person."""
+    made = getattr(entry, "fitted", None)
+    told: list[str] = []
+    if made is None:
+        return told
+    for name in [name for name in given if name.startswith(f"{place}.")]:
+        old, given[name] = given[name], made(name.removeprefix(f"{place}."), given[name])
+        if given[name].shape != old.shape:
+            told.append(f"{name} {tuple(old.shape)} → {tuple(given[name].shape)}")
     return told
 
 

@@ -6,6 +6,7 @@ by the task. `evaluate` adds intervals and figures, and writes all files of the 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -368,6 +369,17 @@ def _write(
         with open(stack.enter_context(replacing(run.folder.file("predictions.jsonl"))), "w", encoding="utf-8") as file:
             for line in prediction_lines(run.task, replies, rows):
                 file.write(line + "\n")
+        for name, raw in _pictures(figures).items():
+            stack.enter_context(replacing(run.folder.file(name))).write_bytes(raw)
+
+
+def _pictures(figures: Mapping[str, Any]) -> dict[str, bytes]:
+    """The pictures of galleries that name a folder, as files below ``pictures/`` of the run."""
+    return {
+        f"pictures/{gallery['folder']}-{row}-{i}.png": base64.b64decode(uri.partition(",")[2])
+        for gallery in figures.get("galleries") or [] if gallery.get("folder")
+        for row, one in enumerate(gallery["rows"], 1) for i, uri in enumerate(one["pictures"], 1)
+    }
 
 
 def prediction_lines(task: Task, replies: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,21 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
+from multihead import export_images
 from multihead.build import Run
 from multihead.codec.foreign import ForeignCodec
 from multihead.codec.text import TextCodec
 from multihead.data.store import INDEX
 from multihead.errors import Problem, UserError, tr
+from multihead.proving import Proof, differ, numbered, transformers
 from multihead.run import fsync_folder, temporary, write_atomic, write_json, writing
 from multihead.runtime import checkpoint
 from multihead.transformer.config import TransformerConfig
 from multihead.weights.out import choose, class_name, outward
 
-TOLERANCE = 1e-4
-"""Largest difference of a logit, as a share of the largest logit (or of 1). Two float32 programs that sum the same
-products in another order differ by about 1e-6 of it; a wrong map or a missing norm by more than 1e-2."""
 LONGEST = 500  # characters of one text
 WRITES = ("text-generation", "translation")
 SAMPLES = ("The room was clean, and breakfast was good.", "房间很干净，服务也好。", "What is this?", "今天天气不错")
-
-
-@dataclass
-class Proof:
-    """What running both has shown."""
-
-    texts: int
-    difference: float
-    """The largest, of any logit."""
-    scale: float
-    """The largest logit."""
 
 
 @dataclass
@@ -59,13 +48,13 @@ class Exported:
 
 
 def export(run: Run, folder: Path, texts: int = 20, prove: bool = True) -> Exported:
-    """Write `run` into `folder` in the form of transformers, and prove it on `texts` held-out texts.
+    """Write `run` into `folder` in the form of transformers, and prove it on `texts` held-out texts or pictures.
 
     Nothing is left behind where it fails.
 
     Raises:
         UserError: `folder` holds something; no class of transformers computes this model (with the keys of the recipe
-            that make it so); transformers is not installed; or the two differ by more than `TOLERANCE`.
+            that make it so); transformers is not installed; or the two differ by more than `proving.TOLERANCE`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(tr("exists already; choose another folder with -o",
@@ -77,13 +66,17 @@ def export(run: Run, folder: Path, texts: int = 20, prove: bool = True) -> Expor
     if prove and texts < 1:
         raise UserError(tr(f"--texts is {texts}; it must be at least 1 (or --no-proof)",
                            f"--texts 是 {texts}，至少要为 1（或用 --no-proof）"))
-    kind = _kind(run)
+    if run.recipe.task in export_images.TASKS:
+        write, compare = export_images.write, export_images.prove
+    else:
+        kind = _kind(run)
+        write, compare = partial(_write, kind), partial(_prove, kind)
     part = temporary(folder)
     try:
         with writing(folder, tr("the export", "导出的文件")):
             part.mkdir(parents=True)
-            name = _write(run, kind, part)
-        proof = _prove(run, kind, part, name, texts) if prove else None
+            name = write(run, part)
+        proof = compare(run, part, name, texts) if prove else None
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
@@ -172,8 +165,9 @@ KINDS: dict[str, Kind] = {
 def _kind(run: Run) -> Kind:
     task, options = run.recipe.task, run.task.options
     if task not in KINDS:
-        raise UserError(tr(f"runs of {task} cannot be exported; those of these tasks can: {', '.join(KINDS)}",
-                           f"{task} 的训练结果不能导出；可以导出的任务：{'、'.join(KINDS)}"), str(run.path))
+        able = (*KINDS, *export_images.TASKS)
+        raise UserError(tr(f"runs of {task} cannot be exported; those of these tasks can: {', '.join(able)}",
+                           f"{task} 的训练结果不能导出；可以导出的任务：{'、'.join(able)}"), str(run.path))
     wanted = KINDS[task].wanted
     faults = {key: value for key, value in wanted.items() if getattr(options, key) != value}
     if faults:
@@ -192,7 +186,7 @@ def _shown(value: Any) -> str:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _write(run: Run, kind: Kind, folder: Path) -> str:
+def _write(kind: Kind, run: Run, folder: Path) -> str:
     """Every file of the folder; the name of the class that loads it."""
     task, codec, options = run.recipe.task, run.task.codec, run.task.options  # type: ignore[attr-defined]
     config = TransformerConfig(**{f.name: getattr(run.recipe.model, f.name) for f in fields(TransformerConfig)})
@@ -206,9 +200,7 @@ def _write(run: Run, kind: Kind, folder: Path) -> str:
     labels = getattr(run.task, "labels", None)
     if labels is not None:
         many = "multi" if options.multiple else "single"
-        shape |= {"id2label": {str(i): name for i, name in enumerate(labels.names)},
-                  "label2id": {name: i for i, name in enumerate(labels.names)},
-                  "problem_type": f"{many}_label_classification"}
+        shape |= {**numbered(labels.names), "problem_type": f"{many}_label_classification"}
     write_json(folder / "config.json", shape)
     checkpoint.save_weights(folder / "model.safetensors", tensors, {"format": "pt"})
     if task in WRITES:
@@ -268,12 +260,12 @@ def write_tokenizer(
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _prove(run: Run, kind: Kind, folder: Path, name: str, texts: int) -> Proof:
+def _prove(kind: Kind, run: Run, folder: Path, name: str, texts: int) -> Proof:
     """Run both on held-out texts. UserError where ids or logits differ."""
-    transformers = _transformers()
-    theirs = getattr(transformers, name).from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ours, codec, proof = run.model.cpu().float(), run.task.codec, Proof(0, 0.0, 0.0)  # type: ignore[attr-defined]
+    library = transformers()
+    theirs = getattr(library, name).from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ours, codec, proof = run.model.cpu().float(), run.task.codec, Proof()  # type: ignore[attr-defined]
     most = run.recipe.model.max_length
     for given in itertools.islice(_texts(run, kind), texts):
         with torch.inference_mode():
@@ -282,15 +274,10 @@ def _prove(run: Run, kind: Kind, folder: Path, name: str, texts: int) -> Proof:
         # Elsewhere the name of a special token in a text is that token; here it never is.
         plain = not any(name in text for name in codec.special for text in read)
         if plain and list(tokenizer(*read)["input_ids"]) != ids.tolist():
-            raise _differ(tr(f"its tokenizer reads {given[0][:40]!r} as other tokens than ours",
+            raise differ(tr(f"its tokenizer reads {given[0][:40]!r} as other tokens than ours",
                              f"导出的分词器把 {given[0][:40]!r} 切成了不同的词元"))
-        proof.texts += 1
-        proof.difference = max(proof.difference, float((left.float() - right.float()).abs().max()))
-        proof.scale = max(proof.scale, float(left.abs().max()))
-    if not proof.difference <= TOLERANCE * max(1.0, proof.scale):
-        off, scale = f"{proof.difference:.2g}", f"{proof.scale:.3g}"
-        raise _differ(tr(f"its logits differ from ours by up to {off} (allowed: {TOLERANCE:g} of the largest, {scale})",
-                         f"其 logits 与我们的最多相差 {off}；最大的 logit 是 {scale}，只允许它的 {TOLERANCE:g}"))
+        proof.add(left, right)
+    proof.judge()
     return proof
 
 
@@ -308,27 +295,8 @@ def _texts(run: Run, kind: Kind) -> Iterator[list[str]]:
         yield [text, SAMPLES[0]][: len(kind.columns)]
 
 
-def _differ(what: str) -> UserError:
-    return UserError(tr(f"the export is not the same model: {what}. Nothing was kept; please report this",
-                        f"导出的模型与原模型不一致：{what}。未保留任何文件，请向我们报告"))
-
-
-def _transformers() -> Any:
-    """The library, without its chatter."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
 def words(done: Exported) -> str:
     """What was done, for a person."""
     if done.proof is None:
         return tr(f"wrote {done.path} ({done.kind}), unproved", f"已写出 {done.path}（{done.kind}），未验证")
-    count, off, most = done.proof.texts, f"{done.proof.difference:.2g}", f"{done.proof.scale:.3g}"
-    return tr(
-        f"wrote {done.path} ({done.kind}); on {count} texts its logits differ from ours by at most {off}, "
-        f"the largest being {most}",
-        f"已写出 {done.path}（{done.kind}）；在 {count} 条文本上，其 logits 与我们的最多相差 {off}，"
-        f"最大的 logit 为 {most}")
+    return tr(f"wrote {done.path} ({done.kind}); {done.proof}", f"已写出 {done.path}（{done.kind}）；{done.proof}")

@@ -38,7 +38,8 @@ def defaults(task: Any, origin: Any) -> dict[str, Any]:
     if origin is not None:  # a task's own sizes are for models that begin from nothing
         free = {key: value for key, value in values.get("model", {}).items() if key in TRAINING_ONLY}
         values["model"] = {**free, **{key: value for key, value in origin.config.items() if key in SHAPE}}
-        values["options"] = {**values.get("options", {}), **_options(task.Options, origin)}
+        preferred = {key: value for key, value in origin.preferred.items() if key in task.Options.model_fields}
+        values["options"] = {**values.get("options", {}), **preferred, **_options(task.Options, origin)}
     return values
 
 

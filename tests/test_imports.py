@@ -22,6 +22,8 @@ LAYERS: list[set[str]] = [
         "build",
         "train",
         "evaluate",
+        "proving",
+        "export_images",
         "export",
         "predict",
         "report",

@@ -111,12 +111,17 @@ class ImageCodec:
     `fit`: "crop" cuts the middle square, "pad" adds white so that all of it is kept, "stretch" takes it as it is.
     `white`: the value that is white in grey pictures of more than 8 bits. `mean` and `std` (one a channel, of values
     from 0 to 1) are for the model.
+
+    `edge`: as weights from elsewhere were trained: the whole picture is brought to a shorter side ("crop") or both
+    sides ("stretch") of so many pixels by the filter `resample`, and the middle of it is cut out; 0: our own way.
     """
 
     def __init__(
-        self, size: int, channels: int, fit: Fit, white: int, mean: Iterable[float], std: Iterable[float]
+        self, size: int, channels: int, fit: Fit, white: int, mean: Iterable[float], std: Iterable[float],
+        edge: int = 0, resample: str = "bicubic",
     ) -> None:
         self.size, self.channels, self.fit_how, self.white = size, channels, fit, white
+        self.edge, self.resample = edge, resample
         self.mean, self.std = [float(v) for v in mean], [float(v) for v in std]
 
     @classmethod
@@ -166,18 +171,18 @@ class ImageCodec:
 
     def encode(self, picture: str) -> np.ndarray:
         """A data URI → uint8 (channels, size, size). UserError: no picture, damaged, too large."""
-        return self.array(decoded(from_uri(picture), self.size))
+        return self.array(decoded(from_uri(picture), 0 if self.edge else self.size))
 
     def array(self, image: Any) -> np.ndarray:
         """A pillow image → uint8 (channels, size, size)."""
         try:
-            image = self._sized(self._plain(image))
+            image = self._sized(self.plain(image))
         except Exception as error:
             raise _damaged(error) from None
         array = np.asarray(image)
         return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
 
-    def _plain(self, image: Any) -> Any:
+    def plain(self, image: Any) -> Any:
         """In mode L or RGB; what is transparent shows white behind it."""
         Image, _ = pillow()
         mode = "L" if self.channels == 1 else "RGB"
@@ -195,6 +200,8 @@ class ImageCodec:
     def _sized(self, image: Any) -> Any:
         Image, _ = pillow()
         width, height = image.size
+        if self.edge and self.fit_how != "pad":
+            return self._cut(image)
         if width == height == self.size:
             return image
         target, how = (self.size, self.size), Image.Resampling.BICUBIC
@@ -210,10 +217,28 @@ class ImageCodec:
             return image.resize(target, how, box=(left, top, left + side, top + side), reducing_gap=3.0)
         return image.resize(target, how, reducing_gap=3.0)
 
+    def _cut(self, image: Any) -> Any:
+        """Brought to `edge` whole, then the middle cut out: pixel for pixel what transformers' processors do."""
+        Image, _ = pillow()
+        width, height = image.size
+        to = (self.edge, self.edge)
+        if self.fit_how == "crop":
+            short = min(width, height)
+            to = (int(self.edge * width / short), int(self.edge * height / short))
+        if to != image.size:
+            image = image.resize(to, Image.Resampling[self.resample.upper()])
+        left, top = (to[0] - self.size) // 2, (to[1] - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def sized(self, size: int, fit: Fit) -> ImageCodec:
+        """The same for pictures of another size, as much of each being seen."""
+        edge = max(size, round(self.edge * size / self.size)) if self.edge else 0
+        return ImageCodec(size, self.channels, fit, self.white, self.mean, self.std, edge, self.resample)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``image.json`` into `folder`."""
         about = {"size": self.size, "channels": self.channels, "fit": self.fit_how, "white": self.white,
-                 "mean": self.mean, "std": self.std}
+                 "mean": self.mean, "std": self.std, "edge": self.edge, "resample": self.resample}
         write_json(Path(folder) / FILE, about)
 
     @classmethod
@@ -223,7 +248,7 @@ class ImageCodec:
         try:
             about = json.loads(path.read_text("utf-8"))
             codec = cls(int(about["size"]), int(about["channels"]), about["fit"], int(about["white"]), about["mean"],
-                        about["std"])
+                        about["std"], int(about.get("edge", 0)), about.get("resample", "bicubic"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(tr(f"this codec cannot be read ({error}); prepare the run again",
                                f"编码器无法读取（{error}）；请重新准备"), str(path)) from None
@@ -238,7 +263,7 @@ def thumbnail(picture: str, side: int = 64) -> str:
     try:
         image = decoded(from_uri(picture), side)
         codec = ImageCodec(side, 1 if is_grey(image) else 3, "crop", 65535, [], [])
-        plain = codec._plain(image)
+        plain = codec.plain(image)
         if max(plain.size) > side:
             plain.thumbnail((side, side), Image.Resampling.BICUBIC)
     except Exception:

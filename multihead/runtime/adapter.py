@@ -54,7 +54,7 @@ def _names(origin: Any, config: TransformerConfig) -> tuple[dict[str, Piece], st
         return {}, "", ""
     kind = str((read_json(Path(origin.path) / CONFIG).get("architectures") or ["Model"])[0])
     alone = kind.endswith("Model") and not kind.endswith("HeadModel")
-    return {piece.ours: piece for piece in family.body(config)}, kind, "" if alone else family.prefix
+    return {piece.ours: piece for piece in family.body(config, {})}, kind, "" if alone else family.prefix
 
 
 def _cut(

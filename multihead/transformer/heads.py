@@ -87,6 +87,23 @@ class PoolHead(nn.Module):
         return torch.cat(((weight_BT1.to(x_BTD.dtype) * x_BTD).sum(1), largest_BD), dim=-1)
 
 
+class DistilledHead(nn.Module):
+    """Two tokens, (B, 2, D), each with a linear map of its own, and the mean of what they say: (B, C), as distilled
+    DeiT answers (Touvron et al. 2021, section 4, "Classification with our approach: joint classifiers")."""
+
+    def __init__(self, d_model: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.distilled = nn.Linear(d_model, classes), nn.Linear(d_model, classes)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.linear, self.distilled):
+            nn.init.normal_(linear.weight, std=d_model**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_B2D: Tensor) -> Tensor:
+        x_B2D = self.dropout(x_B2D)
+        return (self.linear(x_B2D[:, 0]) + self.distilled(x_B2D[:, 1])) / 2
+
+
 class WideHead(nn.Module):
     """Logits straight from the words: a linear map of the n-grams of each row, beside which a trunk reads the order.
 

@@ -52,6 +52,16 @@ class PatchInput(nn.Module):
         """T, vectors of one picture."""
         return self.extra + self.grid**2
 
+    def fitted(self, name: str, given: Tensor) -> Tensor:
+        """A tensor called `name` of an input for pictures of another size, for this one: positions are stretched by
+        bicubic interpolation (Dosovitskiy et al. 2021, section 3.2); whatever fits, or cannot be made to, stays."""
+        side = math.isqrt(max(0, len(given) - self.extra)) if name == "position" and given.dim() == 2 else 0
+        if side in (0, self.grid) or side * side != len(given) - self.extra:
+            return given
+        square_1DGG = given[self.extra :].T.reshape(1, -1, side, side)
+        stretched = F.interpolate(square_1DGG, (self.grid, self.grid), mode="bicubic", align_corners=False)
+        return torch.cat((given[: self.extra], stretched.flatten(2)[0].T))
+
     def forward(self, x_BCSS: Tensor) -> Tensor:
         if self.linear is not None:
             x_BND = self.linear(patches(x_BCSS, self.patch))

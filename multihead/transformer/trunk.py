@@ -83,6 +83,27 @@ class Attention(nn.Module):
         cache: tuple[Cache, int, Step] | None = None,
     ) -> Tensor:
         """Self-attention: x (B, T, D) → (B, T, D)."""
+        q_BHTE, k_BKSE, v_BKSE = self._heads(x_BTD, angles_BT2E)
+        if cache is not None:
+            store, layer, step = cache
+            k_BKSE, v_BKSE = store.write(layer, k_BKSE, v_BKSE, step)
+        return self._attend(q_BHTE, k_BKSE, v_BKSE, mask_BHTS, causal)
+
+    def weights(
+        self, x_BTD: Tensor, angles_BT2E: Tensor | None = None, mask_BHTS: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Who looks at whom, softmax(Q Kᵀ / √E), which `forward` never holds: the same arguments → (B, H, T, S)."""
+        q_BHTE, k_BKSE, _ = self._heads(x_BTD, angles_BT2E)
+        k_BHSE = k_BKSE.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores_BHTS = (q_BHTE @ k_BHSE.mT).float() / math.sqrt(self.head_size)
+        if causal:
+            mask_BHTS = torch.ones_like(scores_BHTS, dtype=torch.bool).tril()
+        if mask_BHTS is not None:
+            scores_BHTS = scores_BHTS.masked_fill(~mask_BHTS, float("-inf"))
+        return scores_BHTS.softmax(-1)
+
+    def _heads(self, x_BTD: Tensor, angles_BT2E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, E), keys and values (B, K, S, E) of x, normed and turned."""
         B, T, _ = x_BTD.shape
         qkv_BTXE = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_size)
         if self.q_norm is not None and self.k_norm is not None:
@@ -95,11 +116,7 @@ class Attention(nn.Module):
             q_BTHE, k_BTKE = rotate(qk_BTXE, angles_BT2E).split((self.heads, self.kv_heads), dim=2)
         else:
             q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
-        if cache is not None:
-            store, layer, step = cache
-            k_BKSE, v_BKSE = store.write(layer, k_BKSE, v_BKSE, step)
-        return self._attend(q_BHTE, k_BKSE, v_BKSE, mask_BHTS, causal)
+        return q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
 
     def over(self, x_BTD: Tensor, memory: tuple[Tensor, Tensor], mask_BHTS: Tensor | None) -> Tensor:
         """Cross-attention: x (B, T, D) over the memory's keys and values, each (B, K, S, E) → (B, T, D).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from multihead.transformer.config import TransformerConfig
-from multihead.weights.names import Family, Given, Piece, Tensors, linear
+from multihead.weights.names import Family, Given, Options, Piece, Tensors, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "after", "positions": "learned", "bias": True, "embedding_norm": True,
@@ -60,7 +60,7 @@ def write_roberta(config: TransformerConfig) -> dict[str, Any]:
     return {**write(config), "max_position_embeddings": config.max_length + UNREAD}
 
 
-def body(config: TransformerConfig, skip: int = 0) -> list[Piece]:
+def body(config: TransformerConfig, options: Options, skip: int = 0) -> list[Piece]:
     found = [
         Piece("input.token.weight", ("embeddings.word_embeddings.weight",)),
         Piece("input.position.weight", ("embeddings.position_embeddings.weight",), skip=skip),
@@ -106,7 +106,7 @@ BERT = Family(
 
 ROBERTA = Family(
     "roberta", ("roberta", "xlm-roberta", "camembert"), False, "roberta.", read_roberta, write_roberta, LAYOUT,
-    lambda config: body(config, UNREAD), square=True, activations=tuple(ACTIVATIONS),
+    lambda config, options: body(config, options, UNREAD), square=True, activations=tuple(ACTIVATIONS),
     heads={
         "fill-mask": (
             *linear("head.dense", "lm_head.dense"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from multihead.transformer.config import TransformerConfig
 from multihead.weights.bert import ACTIVATIONS
-from multihead.weights.names import Family, Given, Piece, linear
+from multihead.weights.names import Family, Given, Options, Piece, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "before", "positions": "learned", "bias": True, "embedding_norm": False,
@@ -45,7 +45,7 @@ def write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def body(config: TransformerConfig) -> list[Piece]:
+def body(config: TransformerConfig, options: Options) -> list[Piece]:
     found = [
         Piece("input.token.weight", ("wte.weight",)),
         Piece("input.position.weight", ("wpe.weight",)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from multihead.transformer.config import TransformerConfig
-from multihead.weights.names import Family, Given, Piece, linear
+from multihead.weights.names import Family, Given, Options, Piece, linear
 
 LAYOUT = {
     "norm": "rmsnorm", "norm_position": "before", "positions": "rotary", "embedding_norm": False,
@@ -103,7 +103,7 @@ def write_llama(config: TransformerConfig) -> dict[str, Any]:
     return {**write(config), "attention_bias": config.bias, "mlp_bias": config.bias}
 
 
-def body(config: TransformerConfig) -> list[Piece]:
+def body(config: TransformerConfig, options: Options) -> list[Piece]:
     found = [Piece("input.token.weight", ("embed_tokens.weight",)), Piece("trunk.norm.weight", ("norm.weight",))]
     for i in range(config.num_layers):
         a, b = f"layers.{i}.", f"trunk.blocks.{i}."

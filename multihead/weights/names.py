@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multihead.errors import Problem, tr
 from multihead.transformer.config import TRAINING_ONLY, TransformerConfig
@@ -19,6 +19,7 @@ from multihead.transformer.trunk import Trunk
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, ...]
+Options = Mapping[str, Any]
 MOST = {"num_layers": 1024, "max_length": 1 << 20}
 WIDEST = 1 << 17
 """No model known comes near these; a config.json beyond them is broken, or meant to exhaust a machine."""
@@ -35,10 +36,14 @@ class Piece:
     """Theirs is (in, out), as in GPT-2's Conv1D; ours is (out, in)."""
     skip: int = 0
     """Rows in front of theirs that nothing reads (RoBERTa's positions 0 and 1)."""
+    axes: Shape = ()
+    """Theirs, each, where it has more axes than ours: a convolution, or a table with an axis of 1 in front."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Theirs → ours, float32."""
         parts = [(part.T if self.transposed else part).float() for part in parts]
+        if self.axes:
+            parts = [part.flatten(1) if part.dim() == 4 else part.flatten(0, 1) for part in parts]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole[self.skip:].contiguous()
 
@@ -46,12 +51,17 @@ class Piece:
         """Ours → theirs."""
         if self.skip:
             whole = torch.cat((whole.new_zeros(self.skip, *whole.shape[1:]), whole))
+        if self.axes:
+            parts = (part.reshape(self.axes) for part in whole.chunk(len(self.theirs)))
+            return dict(zip(self.theirs, parts, strict=True))
         parts = whole.split(list(sizes)) if len(sizes) > 1 else (whole,)
         return {name: (part.T if self.transposed else part).contiguous()
                 for name, part in zip(self.theirs, parts, strict=True)}
 
     def shapes(self, ours: Shape, sizes: Sequence[int]) -> dict[str, Shape]:
         """What shapes theirs must have, by the shape of ours."""
+        if self.axes:
+            return dict.fromkeys(self.theirs, self.axes)
         rows = list(sizes) if len(sizes) > 1 else [ours[0] + self.skip]
         found = [(n, *ours[1:]) for n in rows]
         return {name: shape[::-1] if self.transposed else shape
@@ -129,7 +139,8 @@ class Family:
     """The same the other way."""
     layout: Mapping[str, Any]
     """Fields of `TransformerConfig` that this family fixes."""
-    body: Callable[[TransformerConfig], list[Piece]]
+    body: Callable[[TransformerConfig, Options], list[Piece]]
+    """All but the head. Options: those of the task that give it its shape; for text models there are none."""
     heads: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     """Heads by the kind of task: pieces of which any may be there."""
     square: bool = False
@@ -145,14 +156,31 @@ class Family:
     """On the way out: adds the tensors that theirs has and ours does without; the shape with them."""
     tied: bool = True
     """Whether the output shares the embedding where config.json does not say."""
+    reads: str = "text"
+    """"text" or "pictures"."""
+    architectures: tuple[str, ...] = ()
+    """The classes that are this family, where others share the model type."""
+    options: Options = field(default_factory=dict)
+    """Options of a task that this family fixes."""
+    read_options: Callable[[Given], dict[str, Any]] = lambda given: {}
+    """config.json → further options that the weights decide."""
+    write_options: Callable[[Options], dict[str, Any]] = lambda options: {}
+    """The same the other way."""
+    entry: Callable[[TransformerConfig, int, Options], nn.Module] = lambda config, size, _: TokenInput(config, size)
+    """What makes vectors of tokens or patches, by the shape, the vocabulary's size and the options."""
 
     def fitting(self, config: TransformerConfig) -> Mapping[str, tuple[Piece, ...]]:
         """The heads whose arithmetic is ours with such a trunk."""
         return {task: pieces for task, pieces in self.heads.items()
                 if all(getattr(config, key) == value for key, value in self.head_layout.get(task, {}).items())}
 
-    def misfits(self, config: TransformerConfig, task: str) -> dict[str, Any]:
-        """Keys of `config` that this family cannot express, each with what it would have to be."""
+    def misfits(self, config: TransformerConfig, task: str, options: Options) -> dict[str, tuple[Any, Any]]:
+        """Keys of the recipe that this family cannot express: what each is, and what it would have to be."""
+        found = {f"model.{key}": (getattr(config, key), value) for key, value in self._misfits(config, task).items()}
+        return found | {f"options.{key}": (options.get(key), value) for key, value in self.options.items()
+                        if options.get(key) != value}
+
+    def _misfits(self, config: TransformerConfig, task: str) -> dict[str, Any]:
         wanted = {**self.layout, **self.head_layout.get(task, {})}
         found = {key: value for key, value in wanted.items() if getattr(config, key) != value}
         if config.activation not in self.activations:
@@ -187,10 +215,10 @@ class Family:
         return fields
 
 
-def shapes(config: TransformerConfig, vocab_size: int) -> dict[str, Shape]:
+def shapes(family: Family, config: TransformerConfig, vocab_size: int, options: Options) -> dict[str, Shape]:
     """Every tensor of our input and trunk with its shape; nothing is allocated."""
     with torch.device("meta"):
-        parts = {"input": TokenInput(config, vocab_size), "trunk": Trunk(config)}
+        parts = {"input": family.entry(config, vocab_size, options), "trunk": Trunk(config)}
     return {f"{part}.{name}": tuple(value.shape)
             for part, module in parts.items() for name, value in module.state_dict().items()}
 

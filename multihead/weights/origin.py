@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from multihead import strict_yaml
 from multihead.codec.foreign import FILES, ForeignCodec, read_json
+from multihead.codec.image import FILE as PICTURES
+from multihead.codec.image import ImageCodec
+from multihead.codec.processor import FILE as PROCESSOR
+from multihead.codec.processor import read_processor
 from multihead.codec.text import LABELS_FILE, LabelCodec, TextCodec
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.run import RECIPE, RunFolder
@@ -26,11 +31,15 @@ from multihead.weights.bert import BERT, ROBERTA
 from multihead.weights.gpt2 import GPT2
 from multihead.weights.llama import LLAMA, QWEN2, QWEN3
 from multihead.weights.names import Family, Given, Piece, Shape, shapes, sizes
+from multihead.weights.vit import DEIT, DISTILLED, VIT
 
-FAMILIES = (BERT, ROBERTA, GPT2, LLAMA, QWEN2, QWEN3)
+FAMILIES = (BERT, ROBERTA, GPT2, LLAMA, QWEN2, QWEN3, VIT, DISTILLED, DEIT)
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MOST_HEADER = 64 << 20  # bytes of a safetensors header; a model of 100,000 tensors needs a fifth of it
+GREY = {1: "grey", 3: "rgb"}
+ENTRY = ("patch", "stem", "pool", "registers")
+"""Options of a task on pictures that its weights decide."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -49,10 +58,12 @@ class Origin:
 
     Attributes:
         path: the folder.
-        family: "multihead", "bert", "roberta", "gpt2", "llama", "qwen2" or "qwen3".
+        family: "multihead", or the `Family.name` of a folder from elsewhere.
+        reads: "text" or "pictures".
         causal: True for decoders, False for encoders.
         config: the fields of `TransformerConfig` that the weights fix, which is all but those of training.
         options: options of a task that the weights decide: ``{"tied": bool}`` for language models.
+        preferred: options that they were trained with and that a recipe may change.
         vocab_size: rows of the embedding table.
         labels: names of a classifier's classes in their order, where the folder says; else None.
         unknown: tensors of the folder that have no place here.
@@ -64,6 +75,8 @@ class Origin:
     config: dict[str, Any]
     options: dict[str, Any]
     vocab_size: int
+    reads: str = "text"
+    preferred: Mapping[str, Any] = MappingProxyType({})
     labels: list[str] | None = None
     unknown: tuple[str, ...] = ()
 
@@ -71,8 +84,9 @@ class Origin:
         """The files that weights, shape and codec are read from."""
         raise NotImplementedError
 
-    def codec(self) -> TextCodec:
-        """The codec that these weights were trained with. UserError where there is none, or it does not fit."""
+    def codec(self) -> Any:
+        """The codec that these weights were trained with, a `TextCodec` or an `ImageCodec`. UserError where there is
+        none, or it does not fit."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -129,11 +143,16 @@ class Own(Origin):
         options = values.get("options") or {}
         self.options = {"tied": bool(options.get("tied", True))} if self.causal else {}
         self._headers = headers([self._weights])
-        if "input.token.weight" not in self._headers:
+        tokens = self._headers.get("input.token.weight")
+        if tokens is None and not (folder / "codec" / PICTURES).is_file():
             raise UserError(tr(
                 f"this run of {values.get('task')} has no token embedding and trunk that another task could start from",
                 f"这次 {values.get('task')} 的训练没有可供其他任务使用的词嵌入与主干网络"), str(folder))
-        self.vocab_size = self._headers["input.token.weight"].shape[0]
+        self.vocab_size = tokens.shape[0] if tokens is not None else 0
+        if tokens is None:
+            codec, self.reads = ImageCodec.load(folder / "codec"), "pictures"
+            self.options = {**{key: options[key] for key in ENTRY if key in options}, "channels": GREY[codec.channels]}
+            self.preferred = {"size": codec.size, "fit": codec.fit_how}
         labels = folder / "codec" / LABELS_FILE
         self.labels = LabelCodec.load(labels.parent).names if labels.is_file() else None
 
@@ -141,8 +160,9 @@ class Own(Origin):
         codec = sorted(p for p in (self.path / "codec").rglob("*") if p.is_file())
         return [self.path / RECIPE, self._weights, *codec]
 
-    def codec(self) -> TextCodec:
-        return TextCodec.load(self.path / "codec")
+    def codec(self) -> TextCodec | ImageCodec:
+        folder = self.path / "codec"
+        return ImageCodec.load(folder) if self.reads == "pictures" else TextCodec.load(folder)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {name: tensor.float() for name, tensor in load_weights(self._weights).items()}
@@ -160,8 +180,9 @@ class Foreign(Origin):
         self._family = family_of(self._values, str(folder / CONFIG))
         self.family, self.causal = self._family.name, self._family.causal
         given = Given(self._values, str(folder / CONFIG))
-        self.config = self._family.config(given)
-        self.vocab_size = given.number("vocab_size")
+        self.config, self.reads = self._family.config(given), self._family.reads
+        self.vocab_size = given.number("vocab_size") if self.reads == "text" else 0
+        self._entry = {**self._family.options, **self._family.read_options(given)}
         if given.get("quantization_config"):
             given.fault("quantization_config: weights in fewer bits are not read; choose float16 or bfloat16",
                         "quantization_config：不支持量化的权重，请选用 float16 或 bfloat16 的版本")
@@ -171,18 +192,23 @@ class Foreign(Origin):
         self._pieces = self._check()
         tied = given.get("tie_word_embeddings", None if "lm_head.weight" in self._tensors else True)
         self.options = {"tied": bool(tied) or "lm_head.weight" not in self._tensors} if self.causal else {}
+        if self.reads == "pictures":
+            self.options = {**{key: self._entry[key] for key in ENTRY}, "channels": GREY[self._entry["channels"]]}
+            self.preferred = {"size": self._entry["size"], "fit": self._codec.fit_how}
         self.labels = _labels(self._values)
 
     def files(self) -> list[Path]:
         index = [self.path / INDEX] if (self.path / INDEX).is_file() else []
-        tokens = [p for p in map(self.path.joinpath, FILES) if p.is_file()]
+        tokens = [p for p in map(self.path.joinpath, (*FILES, PROCESSOR)) if p.is_file()]
         return [self.path / CONFIG, *index, *sorted({held.file for held in self._tensors.values()}), *tokens]
 
-    def codec(self) -> TextCodec:
+    def codec(self) -> ForeignCodec | ImageCodec:
         return self._codec
 
     @functools.cached_property
-    def _codec(self) -> ForeignCodec:
+    def _codec(self) -> Any:
+        if self.reads == "pictures":
+            return read_processor(self.path / PROCESSOR, self._entry["size"], self._entry["channels"])
         return ForeignCodec.open(self.path, self._values, self.vocab_size, self.family)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -226,8 +252,8 @@ class Foreign(Origin):
                 f"config.json 写的是 {self.config['num_layers']} 层，而权重有 {layer} 层；二者不配套，或缺少文件"),
                 str(self.path))
         config = TransformerConfig(**self.config)
-        own = shapes(config, self.vocab_size)
-        pieces = family.body(config)
+        own = shapes(family, config, self.vocab_size, self._entry)
+        pieces = family.body(config, self._entry)
         missing = [name for piece in pieces for name in piece.theirs if name not in held]
         if missing:
             shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
@@ -257,11 +283,11 @@ class Foreign(Origin):
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
     """The family that a config.json belongs to. UserError where it is none of ours."""
-    kind = values.get("model_type")
+    kind, named = values.get("model_type"), values.get("architectures") or ()
     for family in FAMILIES:
-        if kind in family.model_types:
+        if kind in family.model_types and (not family.architectures or set(family.architectures) & set(named)):
             return family
-    known = [name for family in FAMILIES for name in family.model_types]
+    known = list(dict.fromkeys(name for family in FAMILIES for name in family.model_types))
     raise UserError(tr(
         f"model_type is {kind!r}{nearest(str(kind), known)}; weights of these can be read: {', '.join(known)}",
         f"model_type 是 {kind!r}{nearest(str(kind), known)}；可以读取的有：{'、'.join(known)}"), where)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from multihead.errors import UserError, tr
 from multihead.transformer.config import TransformerConfig
-from multihead.weights.names import Family, sizes
+from multihead.weights.names import Family, Options, sizes
 from multihead.weights.origin import FAMILIES
 from multihead.weights.pegasus import PEGASUS
 
@@ -19,27 +20,34 @@ CLASSES = {
     "text-classification": "ForSequenceClassification",
     "question-answering": "ForQuestionAnswering",
     "translation": "ForConditionalGeneration",
+    "image-classification": "ForImageClassification",
 }
 NAMES = {"bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
-         "pegasus": "Pegasus"}
+         "pegasus": "Pegasus", "vit": "ViT", "deit": "DeiT", "deit-distilled": "DeiT"}
 ABLE = (*FAMILIES, PEGASUS)
-FIRST = ("bert", "gpt2", "llama", "qwen2", "qwen3", "pegasus")  # a RoBERTa only where the weights came from one
+LAST = ("roberta",)  # only where the weights came from one
 
 
-def choose(config: TransformerConfig, task: str, came_from: str = "") -> Family:
+def choose(
+    config: TransformerConfig, task: str, came_from: str = "", options: Options = MappingProxyType({})
+) -> Family:
     """The family that computes what this model computes; the one its weights came from before others.
+
+    Args:
+        options: those of the task that shape the model, for tasks on pictures.
 
     Raises:
         UserError: naming the keys of the recipe for which there is none.
     """
-    able = [family for family in ABLE if task in family.heads and family.name in (came_from, *FIRST)]
+    able = [family for family in ABLE if task in family.heads
+            and (family.name not in LAST or family.name == came_from)]
     able.sort(key=lambda family: family.name != came_from)
-    misfits = {family.name: family.misfits(config, task) for family in able}
+    misfits = {family.name: family.misfits(config, task, options) for family in able}
     for family in able:
         if not misfits[family.name]:
             return family
     name, wanted = min(misfits.items(), key=lambda pair: len(pair[1]))
-    told = [(f"model.{key}", _shown(getattr(config, key)), _shown(value)) for key, value in wanted.items()]
+    told = [(key, _shown(ours), _shown(theirs)) for key, (ours, theirs) in wanted.items()]
     en = "; ".join(f"{key} is {ours}, not {theirs}" for key, ours, theirs in told)
     zh = "；".join(f"{key} 是 {ours}，应为 {theirs}" for key, ours, theirs in told)
     raise UserError(tr(
@@ -53,29 +61,34 @@ def _shown(value: Any) -> str:
 
 def class_name(family: Family, task: str) -> str:
     """Such as ``BertForMaskedLM``."""
+    if family.architectures:
+        return family.architectures[0]
     return "GPT2LMHeadModel" if family.name == "gpt2" else NAMES[family.name] + CLASSES[task]
 
 
 def outward(
-    family: Family, config: TransformerConfig, task: str, ours: Mapping[str, Tensor], tied: bool
+    family: Family, config: TransformerConfig, task: str, ours: Mapping[str, Tensor], tied: bool,
+    options: Options = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Theirs of ours: the tensors under the family's names, and the part of config.json that fixes the shape.
 
     Args:
         ours: every tensor of the model.
         tied: the output shares the embedding: it is written once.
+        options: as `choose`.
     """
     given = {name: tensor.detach().cpu().float() for name, tensor in ours.items()}
     config = family.fill(config, given)
     found: dict[str, Tensor] = {}
-    for piece in family.body(config):
+    for piece in family.body(config, options):
         cut = piece.cut(given[piece.ours], sizes(piece, config))
         found |= {f"{family.prefix}{name}": tensor for name, tensor in cut.items()}
     for piece in () if tied and family.causal else family.heads[task]:
         found |= piece.cut(given[piece.ours], [0])
     if family.name == "bert":  # its pooler is a part of the body
         found = {f"bert.{name}" if name.startswith("pooler.") else name: tensor for name, tensor in found.items()}
-    shape = {"model_type": family.model_types[0], "architectures": [class_name(family, task)], **family.write(config)}
+    shape = {"model_type": family.model_types[0], "architectures": [class_name(family, task)], **family.write(config),
+             **family.write_options(options)}
     if family.causal:
         shape["tie_word_embeddings"] = tied
     return found, shape

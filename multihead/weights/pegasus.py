@@ -10,7 +10,7 @@ import torch
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import sinusoids
 from multihead.weights.bert import ACTIVATIONS
-from multihead.weights.names import Family, Piece, Tensors, linear
+from multihead.weights.names import Family, Options, Piece, Tensors, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "before", "positions": "sinusoidal", "bias": True, "norm_eps": 1e-5,
@@ -43,7 +43,7 @@ def fill(config: TransformerConfig, given: Tensors) -> TransformerConfig:
     return config
 
 
-def body(config: TransformerConfig) -> list[Piece]:
+def body(config: TransformerConfig, options: Options) -> list[Piece]:
     found = [Piece("source.token.weight", ("shared.weight",))]
     for side in ("encoder", "decoder"):
         found.append(Piece("positions", (f"{side}.embed_positions.weight",)))

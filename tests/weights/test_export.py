@@ -91,7 +91,7 @@ def test_every_kind_loads_and_says_the_same(made: Any, name: str, tmp_path: Path
     run = made(name)
     done = export(run, tmp_path / "out", texts=8)
     assert done.kind == RUNS[name][3] and done.proof is not None
-    assert done.proof.texts == 8 and done.proof.difference < 1e-5 < done.proof.scale
+    assert done.proof.rows == 8 and done.proof.difference < 1e-5 < done.proof.scale
     auto = {"text-generation": "AutoModelForCausalLM", "fill-mask": "AutoModelForMaskedLM",
             "text-classification": "AutoModelForSequenceClassification",
             "question-answering": "AutoModelForQuestionAnswering",

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor, nn
 
 from multihead.codec.image import ImageCodec, thumbnail
+from multihead.codec.text import LabelCodec
 from multihead.data import images
 from multihead.data.rows import LABEL_NAMES, Column, Row
 from multihead.errors import UserError
 from multihead.task import Example
-from multihead.tasks.vision._labelling import Labelling
+from multihead.tasks.vision import _maps as maps
+from multihead.tasks.vision._labelling import Labelling, LabelOptions
 from multihead.transformer.config import TransformerConfig
-from multihead.transformer.heads import PoolHead
+from multihead.transformer.heads import DistilledHead, PoolHead
 from multihead.transformer.patches import PatchInput, patch_trunk
 
 IMAGE_NAMES = ("img", "picture", "photo", "pic", "file", "filename", "file_name", "path", "filepath", "file_path",
@@ -39,16 +42,17 @@ class PictureClassifier(nn.Module):
 
     def __init__(self, config: TransformerConfig, codec: ImageCodec, classes: int, options: Any) -> None:
         super().__init__()
-        self.skip = options.registers + (options.pool == "class")
-        self.first = options.pool == "class"
+        self.answering = {"class": 1, "distilled": 2}.get(options.pool, 0)
+        self.skip = options.registers + self.answering
         self.input = PatchInput(config, codec.channels, codec.size, options.patch, options.stem, self.skip)
         self.trunk = patch_trunk(config, self.input.grid, self.skip)
         pool = "attention" if options.pool == "attention" else "mean"
-        self.head = PoolHead(config.d_model, classes, pool, options.head_dropout)
+        self.head = (DistilledHead(config.d_model, classes, options.head_dropout) if options.pool == "distilled"
+                     else PoolHead(config.d_model, classes, pool, options.head_dropout))
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
         x_BTD = self.trunk(self.input(x_BCSS))
-        return self.head(x_BTD[:, :1] if self.first else x_BTD[:, self.skip :]).float()
+        return self.head(x_BTD[:, : self.answering] if self.answering else x_BTD[:, self.skip :]).float()
 
 
 class ImageClassification(Labelling):
@@ -70,10 +74,26 @@ class ImageClassification(Labelling):
         "serve": {"max_body_bytes": 16 << 20},
     }
 
+    class Options(LabelOptions):
+        pool: Literal["mean", "attention", "class", "distilled"] = "mean"  # type: ignore[assignment]
+        """How patches become one vector. mean: their average; attention: a learned average beside the largest values;
+        class: a token of its own, as in ViT; distilled: two such tokens, whose answers are averaged, as in DeiT.
+        各图块如何合成一个向量。mean：取平均；attention：学到的加权平均加上最大值；class：专用词元，同 ViT；
+        distilled：两个专用词元，结果取平均，同 DeiT。"""
+        maps: int = Field(4, ge=0, le=50)
+        """How many right and as many wrong answers the report explains by maps of what was looked at; 0: none.
+        报告中用热图解释多少个答对的与答错的例子；0 表示不做。"""
+
     # -- prepare ------------------------------------------------------------------------------------------------------
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
         o, every = self.options, -(-self.fit_labels(rows) // SAMPLE)
+        if self.origin is not None:
+            codec: ImageCodec = self.origin.codec()
+            self.codec = codec.sized(o.size or codec.size, o.fit)
+            if set(self.origin.labels or ()) == set(self.labels.names):
+                self.labels = LabelCodec(self.origin.labels)  # in its order, so that its head can be taken
+            return
         self.codec = ImageCodec.fit(_Some(rows, every), o.size, o.patch, o.channels, o.fit)
 
     def encode(self, row: dict[str, Any]) -> Example:
@@ -94,6 +114,19 @@ class ImageClassification(Labelling):
     def model(self, config: TransformerConfig) -> PictureClassifier:
         self.check_shape(config)
         return PictureClassifier(config, self.codec, len(self.labels), self.options)
+
+    def anew(self) -> Sequence[str]:
+        """What gives an answer, where the origin's classes are not these in this order."""
+        return () if self.origin.labels == self.labels.names else ("head.linear.", "head.distilled.")
+
+    # -- evaluate -----------------------------------------------------------------------------------------------------
+
+    def explain(self, model: nn.Module, examples: Sequence[Example]) -> dict[str, Any]:
+        def seen(image_BCSS: Tensor) -> Tensor:
+            return self._normal(image_BCSS.float() / 255)
+
+        found = maps.galleries(model, seen, self.labels.names, examples, self.options.maps)
+        return {"galleries": found} if found else {}
 
     # -- serve --------------------------------------------------------------------------------------------------------
 
