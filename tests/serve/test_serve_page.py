@@ -184,3 +184,37 @@ def test_the_page_stands_alone():
     text = PAGE.read_text(encoding="utf-8")
     outside = [part for part in text.split('"') if part.startswith(("http:", "https:", "//"))]
     assert not outside and "innerHTML" not in text and "eval(" not in text
+
+
+def test_a_history_grows_by_clicks_and_the_list_follows(visit):
+    finder, taste = models.finder(), models.Taste()
+    chain = [Served("finder", *finder, examples=[{"history": ["i4", "i7"]}]),
+             Served("taste", taste, models.Mean().eval())]
+    with serving(*chain) as (address, _):
+        page = visit(address)
+        page.locator("nav button").nth(3).click()
+        page.wait_for_selector(".item")
+        names = page.locator(".item .name")
+        assert names.count() == 10 and "Popular" in page.locator(".answer .about").inner_text()
+        first = names.nth(0).inner_text()
+        assert first.startswith("<b>Film</b>") and page.locator("main b").count() == 0
+        page.locator(".item").nth(0).click()
+        among = "[...document.querySelectorAll('{}')].some((b) => b.textContent === t)"
+        page.wait_for_function(f"(t) => {among.format('#history button')}", arg=first)
+        page.wait_for_function(f"(t) => document.querySelector('.item') && !{among.format('.item .name')}", arg=first)
+        assert "Recommended" in page.locator(".answer .about").inner_text()
+        page.locator("[name=q]").fill("film 12")
+        page.locator(".chips button", has_text="Film</b> 12").first.click()
+        page.wait_for_function("() => document.querySelectorAll('#history button').length === 2")
+        page.locator("#history button").nth(0).click()
+        page.wait_for_function("() => document.querySelectorAll('#history button').length === 1")
+        page.locator("[name=hour]").fill("3")
+        page.locator("[name=hour]").press("Tab")
+        page.wait_for_selector(".item")
+        page.locator("summary").click()
+        told = page.locator("#curl").inner_text()
+        assert "/v1/recommend" in told and '"history":["i12"]' in told and '"context":{"hour":3}' in told
+        page.locator("#card .chips button", has_text="Film</b> 4").first.click()
+        page.wait_for_function("() => document.querySelectorAll('#history button').length === 2")
+        page.locator("#language").click()
+        page.wait_for_function("() => document.querySelector('.answer .about')?.textContent.includes('为您推荐')")
