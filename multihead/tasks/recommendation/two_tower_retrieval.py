@@ -247,8 +247,7 @@ class TwoTowerRetrieval(Retriever):
         assert isinstance(model, TwoTower)
         o = self.options
         ids_BT, lengths_B = batch["items"].long(), batch["items_lengths"]
-        B, T = ids_BT.shape
-        at_T = torch.arange(T, device=ids_BT.device)
+        at_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         asked_BT = (at_T < lengths_B[:, None]) & (at_T >= batch["first"][:, None])
         if o.negatives == "catalogue":
             number_U, where_BT = torch.arange(self.items.met, device=ids_BT.device), ids_BT
@@ -259,17 +258,14 @@ class TwoTowerRetrieval(Retriever):
         with torch.autocast(ids_BT.device.type, enabled=False):  # bfloat16 has but three digits, and cosines more
             logits_NU = user_BTD[asked_BT] @ vector_UD.T / model.warmth()
         target_N = where_BT[asked_BT]
-        own_BU = torch.zeros(B, len(number_U), dtype=torch.long, device=ids_BT.device)
-        own_BU.scatter_add_(1, where_BT, (at_T < lengths_B[:, None]).long())
-        wrong_NU = own_BU[asked_BT.nonzero()[:, 0]] == 0
         right_N = logits_NU.gather(1, target_N[:, None])[:, 0]
         if o.negatives == "in-batch":
             drawn_U = torch.bincount(target_N, minlength=len(number_U))
-            wrong_NU &= drawn_U > 0
             share_U = self._shares(number_U).to(logits_NU) if o.logq else torch.ones_like(logits_NU[0])
-            logits_NU = logits_NU + (drawn_U.clamp(min=1) / share_U).log()
+            logits_NU = logits_NU + torch.where(drawn_U > 0, (drawn_U / share_U).log(), FAR)
             right_N = right_N - share_U.log()[target_N]
-        all_N = logits_NU.masked_fill(~wrong_NU, FAR).logsumexp(1)
+        own_BT = torch.where(at_T < lengths_B[:, None], where_BT, where_BT[:, :1])
+        all_N = logits_NU.scatter(1, own_BT[asked_BT.nonzero()[:, 0]], FAR).logsumexp(1)
         return Loss((torch.logaddexp(all_N, right_N) - right_N).sum(), len(target_N))
 
     def _shares(self, number_U: Tensor) -> Tensor:
