@@ -77,7 +77,7 @@ def _look_table(source: Source, wanted: Wanted) -> FileOf:
 def _clips(found: Sequence[tuple[str, list[Path], bool]], wanted: Wanted) -> FileOf:
     """Clips as rows. UserError where they have no labels and need them, or where their folders are parts."""
     clip, label = _columns(wanted)
-    name = str(Path(found[0][0]).parent) if len(found) > 1 else found[0][0]
+    name = images._common([name for name, *_ in found])
     matched = Matched({clip.name: ""}, {clip.name: "content"})
     labels = images.labels_of([name for name, *_ in found])
     if label is not None:
@@ -89,7 +89,7 @@ def _clips(found: Sequence[tuple[str, list[Path], bool]], wanted: Wanted) -> Fil
                                "run/2.mp4), or give a table of paths and labels",
                                "这些视频没有标签：请每个标签放一个文件夹（jump/1.mp4、run/2.mp4），"
                                "或提供视频路径与标签的表格"), name)
-    return ClipsOf(Source(found[0][1][0], name), Format("images", encoding=""), matched, [], list(found))
+    return ClipsOf(Source(found[0][1][0], name), Format("clips", encoding=""), matched, [], list(found))
 
 
 def _columns(wanted: Wanted) -> tuple[Column, Column | None]:

@@ -15,7 +15,8 @@ from multihead.errors import UserError, tr
 
 PIECE = 2000  # characters in a piece of plain text
 
-FormatName = Literal["txt", "jsonl", "json", "csv", "parquet", "lists", "images", "idx", "recordings"]
+FormatName = Literal["txt", "jsonl", "json", "csv", "parquet", "lists", "images", "idx", "clips",
+                     "recordings"]
 
 
 class Record(NamedTuple):

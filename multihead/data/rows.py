@@ -286,6 +286,8 @@ def _how_read(about: Mapping[str, Any]) -> str:
         form = tr("plain text", "纯文本")
     elif form == "recordings":
         form = tr("recordings", "录音")
+    elif form == "clips":
+        form = tr("clips", "视频")
     elif form in ("images", "idx"):
         form = tr("pictures", "图片") + (" (IDX)" if form == "idx" else "")
     elif form == "lists":

@@ -79,6 +79,9 @@ class VideoClassification(Labelling):
         frames: int = Field(8, ge=1, le=256)
         """Frames of a clip that the model sees, evenly spread over its time.
         模型看到的帧数，在整段视频的时间上均匀分布。"""
+        patch: int = Field(8, ge=1, le=64)
+        """Side of a patch; half of it is four times the work, or more.
+        图块边长；减半则计算量至少为四倍。"""
         tubelet: int = Field(2, ge=1, le=64)
         """Frames that a patch reaches over; it divides frames.
         每个图块跨越的帧数；须整除 frames。"""
