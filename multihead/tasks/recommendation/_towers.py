@@ -36,6 +36,10 @@ class Description(nn.Module):
             (Volkovs et al. 2017, "DropoutNet").
     """
 
+    side_words: Tensor
+    side_words_lengths: Tensor
+    side_quantity: Tensor
+
     def __init__(self, side: Side, config: TransformerConfig, hidden: float) -> None:
         super().__init__()
         std, width = config.d_model**-0.5, config.d_model
@@ -90,6 +94,8 @@ class TwoTower(nn.Module):
         temperature: cosines are divided by it to be compared; learned from there on where `learned`.
         hidden: shares of users' and of items' ids that are hidden in training.
     """
+
+    temperature: Tensor
 
     def __init__(
         self, config: TransformerConfig, users: Side, items: Side, temperature: float, learned: bool,
