@@ -335,6 +335,7 @@ def ends_well(file: Any, kind: str) -> bool:
     """Whether a WebM or a GIF reaches its end, which their demuxers take as it comes."""
     size = file.seek(0, os.SEEK_END)
     if kind == "gif":
+        check_frames(file)
         file.seek(max(0, size - 4096))
         return file.read().rstrip(b"\0\r\n").endswith(b";")
     file.seek(0)
@@ -344,6 +345,16 @@ def ends_well(file: Any, kind: str) -> bool:
     width = 9 - head[at].bit_length()  # of the segment's length in bytes, itself included (RFC 8794, section 4)
     length = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
     return length == (1 << 7 * width) - 1 or at + width + length <= size  # all ones: unknown, as of a live recording
+
+
+def check_frames(file: Any) -> None:
+    """UserError where a GIF has more than `MAX_FRAMES` frames, each with its heading: counted far faster than read."""
+    count = 0
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        count += chunk.count(b"\x21\xf9\x04")
+    if count > MAX_FRAMES:
+        raise UserError(too_many(count))
 
 
 # -- the codec ---------------------------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def read_frames(paths: Sequence[Path]) -> tuple[str, str]:
 
 def too_many(count: int) -> str:
     """The message for a clip of more than `MAX_FRAMES` frames."""
-    return tr(f"the clip has {count:,} frames or more; at most {MAX_FRAMES:,} are read: cut it into shorter clips",
-              f"视频至少有 {count:,} 帧；最多读取 {MAX_FRAMES:,} 帧：请先剪成较短的片段")
+    return tr(f"the clip has {count:,} frames; at most {MAX_FRAMES:,} are read: cut it into shorter clips",
+              f"视频有 {count:,} 帧；最多读取 {MAX_FRAMES:,} 帧：请先剪成较短的片段")
 
 
 def in_order(path: Path) -> list[Any]:

@@ -6,11 +6,10 @@ import base64
 
 import pytest
 from test_serve_page import browser, serving, visit  # noqa: F401
-from tests import clips
-
 from multihead.data.video import to_uri
 from multihead.serve.app import Served
 from multihead.transformer.config import TransformerConfig
+from tests import clips
 
 
 def test_a_clip_is_chosen_dropped_or_tried(visit, tmp_path):  # noqa: F811
