@@ -3,7 +3,8 @@
 Random weights (seeded, nothing at 0 or 1) in small models of transformers' own classes:
 
     in      its folder opened here: logits of whole texts, and of texts read token by token through the cache, alone and
-            as a padded batch; encoders: hidden states of a padded batch with segments, and their head's logits
+            as a padded batch; encoders: hidden states of a padded batch with segments, and their head's logits;
+            ViT and DeiT: logits of pictures
     after   the same weights through a recipe without a step and `multihead export`, loaded by transformers again
     own     runs of our own, one step from random weights, by `multihead export`
     bits    whether every tensor of that folder is bit-equal to the first
@@ -109,6 +110,34 @@ def again(test_export: Any, folder: Path, there: Path, task: str, options: dict[
     return {"after": done.proof.difference, "bits": same}
 
 
+def pictures(name: str, folder: Path) -> dict[str, float | bool]:
+    """One row of the table for a model of pictures: logits of random values, and bits there and back."""
+    import torch
+    from safetensors.torch import load_file
+
+    from multihead.export import export
+    from multihead.tasks.vision.image_classification import ImageClassification
+    from multihead.transformer.config import TransformerConfig
+    from multihead.weights import open_origin
+    from tests.weights import test_pictures
+
+    there, model, _ = test_pictures.folder(folder / "there", name, "deit" if name == "deit" else "vit")
+    origin = open_origin(there)
+    task = ImageClassification(ImageClassification.Options(**origin.options, **origin.preferred))
+    task.codec, task.labels = origin.codec(), test_pictures.LabelCodec(origin.labels or ())
+    ours = task.model(TransformerConfig(**origin.config)).eval()
+    ours.load_state_dict(origin.tensors())
+    x = torch.randn(8, task.codec.channels, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = float((ours(x) - model(x).logits).abs().max())
+    run = test_pictures.trained(folder / "work", {"from": str(there)}, {}, steps=0)
+    done = export(run, folder / "back", texts=8)
+    assert done.proof is not None and done.proof.agree == 8
+    old, new = (load_file(path / "model.safetensors") for path in (there, done.path))
+    same = old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    return {"whole": whole, "after": done.proof.difference, "bits": same}
+
+
 def minilm(base: Path) -> tuple[float, float] | None:
     """The largest difference of an embedding's component, before and after an export; None where the package is not
     installed."""
@@ -150,7 +179,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     from multihead.export import export
-    from tests.weights import peers, test_export
+    from tests.weights import peers, test_export, test_pictures
 
     found: dict[str, dict[str, float | bool]] = {}
     with tempfile.TemporaryDirectory() as base:
@@ -162,6 +191,12 @@ def main() -> int:
             for head, task in heads:
                 if (name, task) != ("roberta", "question-answering"):
                     found[f"{name} {task}"] = encoder(name, made(Path(base) / f"{name}{task}"), head, task)
+        for name in test_pictures.KINDS:
+            found[name] = pictures(name, made(Path(base) / name))
+        run = test_pictures.trained(Path(base) / "own vit", test_pictures.VIT, test_pictures.LIKE)
+        own = export(run, Path(base) / "own vit" / "out", texts=8)
+        assert own.proof is not None
+        found[f"image-classification as {own.kind}"] = {"own": own.proof.difference}
         for name, (task, model, options, kind) in test_export.RUNS.items():
             run = test_export.trained(made(Path(base) / f"own {name}"), task, model, options)
             done = export(run, Path(base) / f"own {name}" / "out", texts=8)

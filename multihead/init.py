@@ -15,6 +15,7 @@ from multihead import recipe as recipes
 from multihead import strict_yaml
 from multihead import task as tasks
 from multihead.data.aligned import named_files
+from multihead.data.images import parts_of
 from multihead.data.rows import open_rows
 from multihead.errors import UserError, language, tr
 from multihead.run import replacing
@@ -56,6 +57,8 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
         task = os.path.join(".", _relative(task, out.parent))
     else:
         kind = tasks.find(task)
+    parts = parts_of(Path(data[0])) if len(data) == 1 and kind.columns[0].kind == "image" else {}
+    data = [str(parts.pop("train"))] if parts else data
     rows = open_rows(list(data), kind.events or kind.columns, base=Path())
     mapping = next(iter(rows.guess["files"]))["mapping"]
     columns = {ours: theirs for ours, theirs in mapping.items() if theirs}
@@ -65,7 +68,8 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
         files = {column: _relative(item, out.parent) for column, item in named.items()}
     elif len(files) == 1:
         files = files[0]
-    text = _compose(task, kind, files, columns, out)
+    others = {part: _relative(str(path), out.parent) for part, path in parts.items()}
+    text = _compose(task, kind, files, columns, out, others)
     with replacing(out) as part:
         part.write_text(text, encoding="utf-8")
         recipes.load(part, find=tasks.find)  # what is written must be a recipe
@@ -81,7 +85,9 @@ def _relative(item: str, folder: Path) -> str:
         return path
 
 
-def _compose(task: str, kind: type[tasks.Task], files: Any, columns: dict[str, str], out: Path) -> str:
+def _compose(
+    task: str, kind: type[tasks.Task], files: Any, columns: dict[str, str], out: Path, others: dict[str, str]
+) -> str:
     lines = [
         f"# {tr(*kind.title)}",
         f"# multihead train {_line_of(shlex.quote(str(out)))}",
@@ -91,13 +97,15 @@ def _compose(task: str, kind: type[tasks.Task], files: Any, columns: dict[str, s
         "",
         "data:",
         f"  train: {_value(files)}",
-        "  # valid: " + tr("a file of its own instead of a part of train; likewise test",
-                           "单独的验证文件，代替从 train 划分；test 同理"),
+        *([f"  {part}: {_value(path)}" for part, path in others.items()] or [
+            "  # valid: " + tr("a file of its own instead of a part of train; likewise test",
+                               "单独的验证文件，代替从 train 划分；test 同理")]),
     ]
     if columns:
         lines.append(f"  columns: {_value(columns)}  # {tr('ours: the file’s', '我们的列：文件中的列')}")
     cuts = " | last | time" if kind.events else ""
     split = {"valid": 0.1, "test": 0.1, "by": "random"} | kind.defaults.get("data", {}).get("split", {})
+    split = {key: value for key, value in split.items() if key not in others}
     lines.append(f"  split: {_value(split)}  # by: random | order | group{cuts}")
     if kind.Options.model_fields:
         lines += ["", "options:"]

@@ -96,3 +96,16 @@ def test_nothing_is_overwritten_unasked(here: Path) -> None:
     write("text-generation", ["story.txt"], out, force=True)
     assert recipe.load(out, find=find).task == "text-generation"
     assert sorted(p.name for p in here.iterdir()) == ["r.yaml", "reviews.csv", "story.txt"]
+
+
+def test_folders_of_parts_become_parts_of_the_recipe(here: Path) -> None:
+    pytest.importorskip("PIL")
+    for part in ("train", "val"):
+        for name, value in (("cat", 1), ("dog", 200)):
+            folder = here / "pets" / part / name
+            folder.mkdir(parents=True)
+            (folder / "1.pgm").write_bytes(b"P5 8 8 255\n" + bytes([value] * 64))
+    write("image-classification", ["pets"], here / "r.yaml")
+    data = recipe.load(here / "r.yaml", find=find).data
+    assert str(data.train).endswith("pets/train") and str(data.valid).endswith("pets/val") and data.test is None
+    assert data.split.test == 0.1

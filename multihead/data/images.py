@@ -23,7 +23,9 @@ MAX_BYTES = 64 << 20
 MAX_FRAMES = 10_000
 """Most frames of a GIF whose first is taken for a picture."""
 HEAD = 64
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+PARTS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "dev": "valid",
+         "test": "test", "testing": "test", "eval": "test"}
+"""What folders of parts are called, and a recipe's word for each."""
 
 _PREFIX = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,\"]*)*);base64,", re.IGNORECASE)
 _MAGIC = (
@@ -232,10 +234,20 @@ def labels_of(names: Sequence[str]) -> list[str | None]:
     return [parts[common] if len(parts) > common else None for parts in folders]
 
 
+def parts_of(folder: Path) -> dict[str, Path]:
+    """The folders train, val and test of a folder of pictures, by what a recipe calls them; {} where it has no two of
+    them, or folders of classes beside them."""
+    if not folder.is_dir():
+        return {}
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = {PARTS[path.name.casefold()]: path for path in inside if path.name.casefold() in PARTS}
+    return found if len(found) == len(inside) > 1 and "train" in found else {}
+
+
 def refuse_splits(labels: Sequence[str | None], where: str) -> None:
     """UserError where the folders are those of parts and not of classes."""
     names = {label for label in labels if label is not None}
-    if names and all(name.casefold() in SPLITS for name in names) and len(names) > 1:
+    if names and all(name.casefold() in PARTS for name in names) and len(names) > 1:
         shown = ", ".join(sorted(names))
         raise UserError(tr(f"the folders in here are parts, not classes: {shown}. Name each by itself: data.train: "
                            f"{where}/train, data.valid: …, data.test: …",

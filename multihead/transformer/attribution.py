@@ -27,7 +27,7 @@ def attention_weights(trunk: Trunk) -> Iterator[list[Tensor]]:
         assert isinstance(module, Attention)
         found.append(module.weights(*args[:4], **{k: v for k, v in kwargs.items() if k != "cache"}))
 
-    hooks = [block.attention.register_forward_pre_hook(look, with_kwargs=True)  # type: ignore[union-attr, operator]
+    hooks = [block.attention.register_forward_pre_hook(look, with_kwargs=True)  # type: ignore[union-attr]
              for block in trunk.blocks]
     try:
         yield found

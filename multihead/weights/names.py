@@ -52,8 +52,8 @@ class Piece:
         if self.skip:
             whole = torch.cat((whole.new_zeros(self.skip, *whole.shape[1:]), whole))
         if self.axes:
-            parts = (part.reshape(self.axes) for part in whole.chunk(len(self.theirs)))
-            return dict(zip(self.theirs, parts, strict=True))
+            chunks = whole.chunk(len(self.theirs))
+            return {name: part.reshape(self.axes) for name, part in zip(self.theirs, chunks, strict=True)}
         parts = whole.split(list(sizes)) if len(sizes) > 1 else (whole,)
         return {name: (part.T if self.transposed else part).contiguous()
                 for name, part in zip(self.theirs, parts, strict=True)}

@@ -16,6 +16,7 @@ from multihead import strict_yaml
 from multihead.build import Run, open_run
 from multihead.codec.image import ImageCodec
 from multihead.codec.processor import read_processor, write_processor
+from multihead.codec.text import LabelCodec
 from multihead.errors import UserError
 from multihead.export import export
 from multihead.tasks.vision.image_classification import ImageClassification
@@ -88,9 +89,8 @@ def test_logits_are_theirs(kind: str, tmp_path: Path) -> None:
     origin = open_origin(where)
     assert not origin.unknown and not origin.causal and origin.labels == ["red", "green", "blue"]
     codec = origin.codec()
-    fixed = {key: value for key, value in origin.options.items()}
-    task = ImageClassification(ImageClassification.Options(**fixed, **origin.preferred))
-    task.codec, task.labels = codec, type("Labels", (), {"__len__": lambda self: 3})()
+    task = ImageClassification(ImageClassification.Options(**origin.options, **origin.preferred))
+    task.codec, task.labels = codec, LabelCodec(origin.labels)
     ours = task.model(TransformerConfig(**origin.config))
     ours.load_state_dict(origin.tensors())
     x = torch.randn(5, codec.channels, 24, 24, generator=torch.Generator().manual_seed(0))
