@@ -20,6 +20,7 @@ from multihead.errors import UserError
 from multihead.metrics.vision import confused_pairs, top_accuracy
 from multihead.predict import encode
 from multihead.tasks.vision import _augment as noise
+from multihead.tasks.vision import _maps as maps
 from multihead.tasks.vision.image_classification import ImageClassification, PictureClassifier
 from multihead.train import train
 from multihead.transformer.config import TransformerConfig
@@ -299,6 +300,24 @@ def test_it_learns_and_its_report_shows_pictures(run: Any) -> None:
     rows = list(trained.store("test").rows())
     assert sum(bool(m["picture"]) for m in trained.task.figures(answers, rows)["mistakes"]) >= 5
     assert "img-src data:" in page or "<img" not in page
+    pictures = folder / "run" / "pictures" / "maps"
+    assert all(Image.open(pictures / f"right-1-{i}.png").size == (128, 128) for i in (1, 2, 3))
+    assert page.count("data:image/png") >= 12
+
+
+def test_maps_point_at_what_the_labels_were_made_from(run: Any) -> None:
+    """Integrated gradients add up to the logit's difference, and what speaks for "top" lies at the top."""
+    trained, _ = run
+    store, model, task = trained.store("train"), trained.model, trained.task
+    images = torch.tensor(np.stack([store[i]["image"] for i in range(90)]))
+    x = task._normal(images.float() / 255)
+    top = torch.tensor([i for i in range(90) if task.labels.names[int(store[i]["label"])] == "top"])
+    label = torch.full((len(top),), task.labels.encode("top"))
+    part, error = maps.added(model, x[top], label, x.mean(0), 64)
+    assert error.max() < 0.05
+    assert part[:, :6].sum() > 0.6 * part.sum() > 0
+    flow = maps.looked_at(model, x[:4])
+    assert flow.shape == (4, 4, 4) and flow.amin() == 0 and flow.amax() == 1
 
 
 def test_predict_takes_files_folders_and_globs(run: Any, capsys: pytest.CaptureFixture[str],

@@ -37,16 +37,22 @@ def looked_at(model: Any, x_BCSS: Tensor) -> Tensor:
     return ((flow_BT - low) / (high - low).clamp(min=1e-12)).view(-1, grid, grid)
 
 
-def added(model: Any, x_BCSS: Tensor, label_B: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Integrated gradients of the logit of `label_B` from a picture that is the mean of all: (B, S, S), summed over
-    channels, and the error of their sum, as a share of the difference of logits, (B,)."""
+def added(
+    model: Any, x_BCSS: Tensor, label_B: Tensor, mean_CSS: Tensor, steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
+    """Integrated gradients of the logit of `label_B` from the picture `mean_CSS`: (B, S, S), summed over channels, and
+    the error of their sum, as a share of the difference of logits, (B,).
+
+    From an even grey they would say little: norms stretch the faintest difference from it to full size, so that all
+    is added on the first step.
+    """
     def score(x: Tensor) -> Tensor:
         return model(x).gather(1, label_B[:, None])[:, 0]
 
-    grey = torch.zeros_like(x_BCSS)
-    part_BCSS = integrated_gradients(score, x_BCSS, grey, steps)
+    mean_BCSS = mean_CSS.expand_as(x_BCSS)
+    part_BCSS = integrated_gradients(score, x_BCSS, mean_BCSS, steps)
     with torch.no_grad():
-        gap_B = score(x_BCSS) - score(grey)
+        gap_B = score(x_BCSS) - score(mean_BCSS)
     error_B = (part_BCSS.sum((1, 2, 3)) - gap_B).abs() / gap_B.abs().clamp(min=1e-6)
     return part_BCSS.sum(1), error_B
 
@@ -73,6 +79,7 @@ def galleries(
         with torch.no_grad():
             likely_BC = torch.cat([still(seen(part)).softmax(-1) for part in image_BCSS.split(32)])
         sure_B, guess_B = likely_BC.max(1)
+        mean_CSS = seen(image_BCSS).mean(0)
         found = []
         for key, title, right in (("right", ("What it looked at: right answers", "它看了哪里：答对的"), True),
                                   ("wrong", ("What it looked at: wrong answers", "它看了哪里：答错的"), False)):
@@ -84,7 +91,7 @@ def galleries(
             x = seen(image_BCSS[at])
             with torch.no_grad():
                 flow = looked_at(still, x)
-            part, error = added(still, x, guess_B[at])
+            part, error = added(still, x, guess_B[at], mean_CSS)
             rows = [{"name": _told(names, int(label_B[i]), int(guess_B[i]), float(sure_B[i])),
                      "pictures": drawn(image_BCSS[i], flow[n], part[n])} for n, i in enumerate(at.tolist())]
             found.append({"title": title, "note": _note(float(error.max())), "rows": rows, "folder": f"maps/{key}"})
@@ -118,11 +125,11 @@ def _note(error: float) -> tuple[str, str]:
     share = f"{100 * error:.2g}"
     return (
         "Each picture; where attention flows from (rollout, Abnar & Zuidema 2020), the redder the more; and what each "
-        "pixel adds to the logit of the answer (red) or takes from it (blue), beside a picture that is the mean of all "
+        "pixel adds to the logit of the answer (red) or takes from it (blue), beside the mean of the pictures "
         f"(integrated gradients, Sundararajan et al. 2017; their sum misses the logit by at most {share} %). Rollout "
         "knows nothing of the answer; neither proves why it was given.",
         "依次为：原图；注意力来自何处（attention rollout，Abnar & Zuidema 2020），越红越多；每个像素对该答案的 logit "
-        "的贡献（红为增、蓝为减），以全体均值图为基准（integrated gradients，Sundararajan et al. 2017；"
+        "的贡献（红为增、蓝为减），以这些图片的平均图为基准（integrated gradients，Sundararajan et al. 2017；"
         f"其总和与 logit 之差至多 {share}%）。rollout 与具体答案无关；两者都不能证明作答的原因。")
 
 
@@ -138,7 +145,7 @@ def drawn(image_CSS: Tensor, flow_GG: Tensor, part_SS: Tensor) -> list[str]:
     def over(map_SS: Tensor, mode: str) -> Any:
         large = F.interpolate(map_SS[None, None].float(), (side, side), mode=mode,
                               **({"align_corners": False} if mode == "bilinear" else {}))[0, 0].cpu().numpy()
-        share, colour = np.abs(large)[..., None], np.where(large[..., None] > 0, HOT, COLD)
+        share, colour = 0.8 * np.abs(large)[..., None], np.where(large[..., None] > 0, HOT, COLD)
         # Pale where nothing is: the colours must not drown in a dark picture.
         return Image.fromarray((share * colour + (1 - share) * (128 + grey / 2)).clip(0, 255).astype(np.uint8))
 
