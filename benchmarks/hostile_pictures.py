@@ -10,17 +10,17 @@ resident memory (VmHWM, reset before every file), beside what it held before. `-
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
+import select
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -254,14 +254,18 @@ def ask(address: str, kind: str, given: bytes | str) -> tuple[int, str]:
     prefix = "data:image/jpeg;base64," if kind == "image" else "data:video/mp4;base64,"
     value = given if isinstance(given, str) else prefix + base64.b64encode(given).decode()
     body = json.dumps({"model": kind, "input": {kind: value}}).encode()
-    request = urllib.request.Request(f"{address}/v1/predict", body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            return reply.status, ""
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
-    except (urllib.error.URLError, ConnectionError):  # a body too long is answered before all of it is sent
-        return 413, "refused while it was sent"
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
+    connection.putrequest("POST", "/v1/predict")
+    for name, text in (("Content-Type", "application/json"), ("Content-Length", str(len(body)))):
+        connection.putheader(name, text)
+    connection.endheaders()
+    # A body that is too long is answered by its announced length alone; one who goes on sending loses the answer.
+    if not (len(body) > 1 << 20 and select.select([connection.sock], [], [], 5)[0]):
+        connection.send(body)
+    reply = connection.getresponse()
+    answer = json.loads(reply.read())
+    connection.close()
+    return reply.status, "" if reply.status == 200 else answer["error"]["message"]
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------

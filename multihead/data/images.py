@@ -73,6 +73,8 @@ def to_uri(raw: bytes) -> tuple[str, str]:
         return "", no_picture(raw[:HEAD])
     if len(raw) > MAX_BYTES:
         return "", too_large(len(raw))
+    if fault := doubtful(raw):
+        return "", fault
     return f"data:{kind};base64,{base64.b64encode(raw).decode('ascii')}", ""
 
 

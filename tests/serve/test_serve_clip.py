@@ -6,6 +6,7 @@ import base64
 
 import pytest
 from test_serve_page import browser, serving, visit  # noqa: F401
+
 from multihead.data.video import to_uri
 from multihead.serve.app import Served
 from multihead.transformer.config import TransformerConfig
