@@ -62,21 +62,25 @@ class Description(nn.Module):
         """Tokens of a description, the closing one included."""
         return self.count + 1 + (self.side_words.shape[1] if self.word is not None else 0)
 
-    def plain(self, number_N: Tensor) -> Tensor:
-        """Id and fields, (N, count, D)."""
-        known_N = number_N.clamp(max=self.met)
+    def hide(self, number_N: Tensor) -> Tensor:
+        """(N,) which ids are read as unknown: a share in training, and always those that training never met."""
+        hidden_N = number_N >= self.met
         if self.training and self.hidden:
-            known_N = torch.where(torch.rand(number_N.shape, device=number_N.device) < self.hidden, self.met, known_N)
-        found = [self.id(known_N)[:, None]]
+            hidden_N = hidden_N | (torch.rand(number_N.shape, device=number_N.device) < self.hidden)
+        return hidden_N
+
+    def plain(self, number_N: Tensor, hidden_N: Tensor) -> Tensor:
+        """Id and fields, (N, count, D)."""
+        found = [self.id(torch.where(hidden_N, self.met, number_N))[:, None]]
         if self.fields is not None:
             held = (getattr(self, f"side_{name}")[number_N] for name in ("one", "several", "several_lengths"))
             one, several, lengths = (t.long() for t in held)
             found.append(self.fields(one, several, lengths, self.side_quantity[number_N]))
         return torch.cat(found, 1) + self.place[: self.count]
 
-    def forward(self, number_N: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, number_N: Tensor, hidden_N: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens (N, S + 1, D), which of them are real (None: all), and id with fields as one vector (N, D)."""
-        plain_NCD = self.plain(number_N)
+        plain_NCD = self.plain(number_N, hidden_N)
         parts, real = [plain_NCD], None
         if self.word is not None:
             words_NL, lengths_N = self.side_words[number_N].long(), self.side_words_lengths[number_N]
@@ -93,19 +97,28 @@ class TwoTower(nn.Module):
     Args:
         temperature: cosines are divided by it to be compared; learned from there on where `learned`.
         hidden: shares of users' and of items' ids that are hidden in training.
+        counts: (I,) how often each item was chosen; 0 for those nobody chose.
     """
 
     temperature: Tensor
+    fame_I: Tensor
 
     def __init__(
         self, config: TransformerConfig, users: Side, items: Side, temperature: float, learned: bool,
-        hidden: tuple[float, float],
+        hidden: tuple[float, float], counts: Tensor,
     ) -> None:
         super().__init__()
         self.user, self.item = Description(users, config, hidden[0]), Description(items, config, hidden[1])
         self.trunk = Trunk(config, causal=True)
         self.user_out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.item_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        # How popular an item is moves its vector along one direction, to which every user's vector leans: what all
+        # choose is known from the first step on, and need not be learned item by item.
+        self.fame = nn.Parameter(torch.randn(config.d_model) * 3**-0.5)
+        log_I = counts.clamp(min=1).float().log()
+        met = log_I[: items.met]
+        fame_I = torch.where(counts > 0, (log_I - met.mean()) / met.std().clamp(min=1e-3), 0.0)
+        self.register_buffer("fame_I", fame_I, persistent=False)
         start = torch.tensor(math.log(temperature))
         self.log_temperature = nn.Parameter(start) if learned else None
         self.register_buffer("temperature", start.exp(), persistent=False)
@@ -120,17 +133,19 @@ class TwoTower(nn.Module):
 
     def item_tower(self, number_N: Tensor) -> tuple[Tensor, Tensor]:
         """Items → vectors of length 1, (N, D); and how each stands in a history, (N, D)."""
-        x_NSD, real_NS, plain_ND = self.item(number_N)
+        hidden_N = self.item.hide(number_N)
+        x_NSD, real_NS, plain_ND = self.item(number_N, hidden_N)
         y_ND = self.trunk(x_NSD, mask=real_NS)[:, -1]
-        return F.normalize(self.item_out(y_ND).float(), dim=-1), plain_ND
+        fame_N1 = (self.fame_I[number_N] * ~hidden_N)[:, None]
+        return F.normalize((self.item_out(y_ND) + fame_N1 * self.fame).float(), dim=-1), plain_ND
 
     def user_tower(self, user_B: Tensor, history_BTD: Tensor) -> Tensor:
         """Vectors of length 1 of users who chose the first 0 … T items of their histories: (B, T + 1, D)."""
-        x_BPD, real_BP, _ = self.user(user_B)
+        x_BPD, real_BP, _ = self.user(user_B, self.user.hide(user_B))
         x_BXD = torch.cat((x_BPD, self.item.dropout(history_BTD)), 1)
         mask = None if real_BP is None else F.pad(real_BP, (0, history_BTD.shape[1]), value=True)
         y_BTD = self.trunk(x_BXD, mask=mask)[:, x_BPD.shape[1] - 1 :]
-        return F.normalize(self.user_out(y_BTD).float(), dim=-1)
+        return F.normalize((self.user_out(y_BTD) + self.fame).float(), dim=-1)
 
     def all_items(self) -> Tensor:
         """(I, D) every item's vector, kept for as long as the weights stay and nothing is learned."""
@@ -154,7 +169,7 @@ class TwoTower(nn.Module):
 
     def history(self, number_N: Tensor) -> Tensor:
         """How items stand in a history, (N, D)."""
-        plain_NCD = self.item.plain(number_N)
+        plain_NCD = self.item.plain(number_N, self.item.hide(number_N))
         return plain_NCD.sum(1) / math.sqrt(self.item.count)
 
     @torch.no_grad()

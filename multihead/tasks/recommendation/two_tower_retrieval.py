@@ -223,8 +223,8 @@ class TwoTowerRetrieval(Retriever):
         if config.positions not in ("rotary", "none"):
             raise UserError(tr(f"model.positions is {config.positions}; a tower reads rotary positions or none",
                                f"model.positions 是 {config.positions}；双塔模型只支持 rotary 或 none"))
-        hidden = o.hide_users, o.hide_items
-        made = TwoTower(config, self.users, self.items, o.temperature, o.learn_temperature, hidden)
+        hidden, counts = (o.hide_users, o.hide_items), torch.from_numpy(self.codec.counts)
+        made = TwoTower(config, self.users, self.items, o.temperature, o.learn_temperature, hidden, counts)
         check_room("max_items", o.max_items + made.user.length, config)
         check_room("text_tokens", made.item.length, config)
         made.reader = self
