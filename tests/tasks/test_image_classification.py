@@ -308,7 +308,7 @@ def test_it_learns_and_its_report_shows_pictures(run: Any) -> None:
 def test_maps_point_at_what_the_labels_were_made_from(run: Any) -> None:
     """Integrated gradients add up to the logit's difference, and what speaks for "top" lies at the top."""
     trained, _ = run
-    store, model, task = trained.store("train"), trained.model, trained.task
+    store, model, task = trained.store("train"), maps.Still(trained.model), trained.task
     images = torch.tensor(np.stack([store[i]["image"] for i in range(90)]))
     x = task._normal(images.float() / 255)
     top = torch.tensor([i for i in range(90) if task.labels.names[int(store[i]["label"])] == "top"])

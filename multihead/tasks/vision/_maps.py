@@ -70,10 +70,8 @@ def galleries(
         return []
     some = [store[int(i)] for i in np.unique(np.linspace(0, len(store) - 1, LOOKED).astype(int))]
     place = next(model.parameters()).device
-    # Weights that were read in inference mode know no gradients; copies of them do.
     with torch.inference_mode(False), torch.enable_grad():
-        own = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
-        still = _Still(model, own)
+        still = Still(model)
         image_BCSS = torch.tensor(np.stack([example["image"] for example in some]), device=place)
         label_B = torch.tensor([int(example["label"]) for example in some], device=place)
         with torch.no_grad():
@@ -98,11 +96,13 @@ def galleries(
     return found
 
 
-class _Still:
-    """A model in eval mode with weights of its own; otherwise as the model."""
+class Still:
+    """A model in eval mode with copies of its weights; otherwise as the model. Weights that were read in inference mode
+    let no gradient through; copies do."""
 
-    def __init__(self, model: nn.Module, own: dict[str, Tensor]) -> None:
-        self.model, self.own = model, own
+    def __init__(self, model: nn.Module) -> None:
+        values = (*model.named_parameters(), *model.named_buffers())
+        self.model, self.own = model, {name: value.detach().clone() for name, value in values}
 
     def __call__(self, x: Tensor) -> Tensor:
         training = self.model.training
