@@ -15,10 +15,12 @@ import yaml
 from multihead import cli
 from multihead.data.images import from_uri, to_uri
 from multihead.errors import UserError
+from multihead.predict import encode
 from multihead.tasks.vision import _drawn as drawn
 from multihead.tasks.vision._diffusion import unpatched
 from multihead.tasks.vision.image_generation import ImageGeneration
 from multihead.train import train
+from multihead.transformer.config import TransformerConfig
 from multihead.transformer.patches import patches
 
 Image = pytest.importorskip("PIL.Image")
@@ -144,6 +146,22 @@ def test_what_cannot_be_drawn_is_refused_by_name(api: Any, wish: dict, said: str
 
 
 # -- what a model is told ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", ["none", "label", "text"])
+def test_a_model_of_each_kind_learns_with_every_weight_and_draws(condition: str) -> None:
+    task, rng = made(condition, keywords=True, steps=2, guidance=3.0), np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = task.model(TransformerConfig(d_model=16, num_layers=2, num_heads=2))
+    examples = [task.encode(row) for row in rows()[:8]]
+    task.loss(model, task.collate([task.augment(one, rng) for one in examples])).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    asked = {"none": "", "label": "dark", "text": "夜"}[condition]
+    batch = task.collate([encode(task, asked), encode(task, {})])
+    with torch.no_grad():
+        answers = task.predict(model.eval(), batch, {"n": 2, "seed": 1})
+    assert [len(answer["pictures"]) for answer in answers] == [2, 2]
+    assert drawn.from_png(answers[0]["pictures"][0]).shape == (1, SIDE, SIDE)
 
 
 def test_captions_come_first_then_labels_then_nothing() -> None:
