@@ -27,7 +27,8 @@ HAN = "\u3400-\u9fff\uf900-\ufaff"
 KANA = "\u3040-\u30ff"
 _HAN = re.compile(f"[{HAN}]")
 _WORD = re.compile(f"[{HAN}{KANA}]|[^\\s{HAN}{KANA}]+")
-_SYLLABLE = re.compile(r"([zcs]h|[bpmfdtnlgkhjqxrzcsyw])?([a-zê]*[aeiouvêmng][a-zê]*?)([1-5])\Z")
+_SYLLABLE = re.compile(r"([zcs]h|[bpmfdtnlgkhjqxrzcsyw])?([a-zê]*[aeiouvê][a-zê]*)([1-5])\Z")
+_HUMMED = re.compile(r"h?(m|ng?)[1-5]\Z")
 
 
 def plain(text: str) -> str:
@@ -64,8 +65,8 @@ def syllables(text: str) -> list[str]:
 
 
 def _read_out(text: str) -> str:
-    """30 → 三十."""
-    if not re.search(r"\d", text):
+    """30 → 三十; the tones of syllables are no numbers."""
+    if not re.search(r"\d", text) or re.search(r"[a-z]\d", text):
         return text
     try:
         import cn2an
@@ -84,7 +85,7 @@ def units_of(syllable: str) -> list[str]:
     """``zhong1`` → zh, ong1; a syllable without an initial is one unit; what is no syllable, its characters."""
     found = _SYLLABLE.match(syllable)
     if not found:
-        return list(syllable)
+        return [syllable] if _HUMMED.match(syllable) else list(syllable)
     initial, final, tone = found.groups()
     return [initial, final + tone] if initial else [final + tone]
 
