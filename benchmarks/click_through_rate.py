@@ -13,6 +13,7 @@ AUC no less than both; on Criteo no less than logistic regression's and within L
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import tempfile
 import time
@@ -89,6 +90,7 @@ def criteo() -> tuple[dict[str, list[str]], Callable[[str], tuple[Row, int]]]:
     return split(lines("criteo-10k/train.txt.gz")), read
 
 
+RECIPE = {"movielens-1m": "click-through-rate", "movielens-100k": "movielens-100k-ctr", "criteo": "criteo"}
 LOAD = {"movielens-1m": movielens_1m, "movielens-100k": movielens_100k, "criteo": criteo}
 
 
@@ -184,11 +186,9 @@ def ours(name: str, parts: dict[str, list[str]], minutes: float | None) -> tuple
             Path(folder, f"{part}.dat").write_text("\n".join(rows) + "\n", "latin-1")
         files = [f"data.{part}={folder}/{part}.dat" for part in PARTS]
         limits = [] if minutes is None else [f"train.minutes={minutes}"]
-        run = train(RECIPES / f"{name}.yaml", [*files, *limits], run=f"{folder}/run", progress=False)
+        run = train(RECIPES / f"{RECIPE[name]}.yaml", [*files, *limits], run=f"{folder}/run", progress=False)
         valid = run.evaluate(part="valid", progress=False)["metrics"]["auc"]["value"]
         run.evaluate(part="test", progress=False)
-        import json
-
         told = [json.loads(line) for line in Path(folder, "run", "predictions.jsonl").read_text("utf-8").splitlines()]
     return np.array([one["answer"]["p"] for one in told]), f"valid {valid:.4f}"
 

@@ -12,8 +12,6 @@ of several, Q quantile bins, V categories of all fields, D width, R width of the
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,11 @@ from multihead.transformer.config import TransformerConfig
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.trunk import Trunk
 
-Cross = Literal["pairs", "none"]
+SMALL = 0.02
+"""Deviation of fresh vectors of values: all users begin alike and grow apart only as far as their rows pull. With the
+usual size the trunk would first have to unlearn differences that mean nothing."""
+WIDE = 4.0
+"""Biases count so many times, and so learn so many times faster than what the trunk reads."""
 
 
 class FieldTable(nn.Module):
@@ -91,7 +93,7 @@ class FieldInput(nn.Module):
 
     def __init__(self, codec: FieldCodec, config: TransformerConfig) -> None:
         super().__init__()
-        self.table = FieldTable(codec, config.d_model, config.d_model**-0.5)
+        self.table = FieldTable(codec, config.d_model, SMALL)
         self.field = nn.Parameter(torch.randn(1 + len(codec.used), config.d_model) * config.d_model**-0.5)
         self.dropout = Dropout(config.dropout)
 
@@ -132,7 +134,7 @@ class ClickModel(nn.Module):
         self.input = FieldInput(codec, config)
         self.trunk = Trunk(config)
         self.head = nn.Linear(config.d_model, 1)
-        self.wide = FieldTable(codec, 1, 0.01)
+        self.wide = FieldTable(codec, 1, SMALL)
         self.cross = Pairs(codec, cross) if cross else None
         nn.init.normal_(self.head.weight, std=0.1 * config.d_model**-0.5)
         nn.init.constant_(self.head.bias, start)
@@ -140,10 +142,11 @@ class ClickModel(nn.Module):
     def forward(self, *batch: Tensor) -> Tensor:
         x_BD = self.trunk(self.input(*batch))[:, 0]
         with torch.autocast(x_BD.device.type, enabled=False):  # in bfloat16 many rows would tie
-            logit_B = self.head(x_BD.float())[:, 0] + self.wide(*batch).sum((1, 2))
+            logit_B = self.head(x_BD.float())[:, 0] + WIDE * self.wide(*batch).sum((1, 2))
             return logit_B if self.cross is None else logit_B + self.cross(*batch)
 
-    def penalty(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], weight_V: Tensor) -> Tensor:
-        """The squares of the vectors that the rows of a batch look up, times `weight_V`: a sum over rows."""
-        tables = [self.wide, self.input.table, *([self.cross.table] if self.cross is not None else [])]
-        return torch.stack([table.penalty(*batch[:3], weight_V) for table in tables]).sum()
+    def penalty(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], bias_V: Tensor, vector_V: Tensor) -> Tensor:
+        """The squares of what the rows of a batch look up: biases times `bias_V`, vectors times `vector_V`."""
+        looked_up = batch[:3]
+        told = WIDE**2 * self.wide.penalty(*looked_up, bias_V) + self.input.table.penalty(*looked_up, vector_V)
+        return told if self.cross is None else told + self.cross.table.penalty(*looked_up, vector_V)

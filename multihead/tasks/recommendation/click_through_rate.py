@@ -98,9 +98,12 @@ class ClickThroughRate(Task):
         cross: int = Field(16, ge=0)
         """Width of the vectors whose products stand beside attention; 0: none.
         注意力之外的两两交叉项的向量宽度；0 表示不用。"""
-        l2: float = Field(0.0, ge=0)
-        """Pull of each looked-up vector towards 0, against learning rare values by heart.
-        查到的向量向 0 收缩的强度，防止死记少见取值。"""
+        l2: float = Field(0.5, ge=0)
+        """Pull of each value's bias towards 0: as much in an epoch as logistic regression's 1 / (2 C).
+        每个取值的偏置向 0 收缩的强度，每轮相当于逻辑回归的 1 / (2 C)。"""
+        l2_vectors: float = Field(10.0, ge=0)
+        """The same for the vectors that attention and the crosses read, which learn rare values by heart sooner.
+        注意力与交叉项所读向量的收缩强度；它们更容易死记少见取值。"""
         unseen: float = Field(0.0, ge=0, le=1)
         """A value that occurs n times is taken for one never seen in a share of unseen / n of its rows, so that such
         values are learned too.
@@ -259,11 +262,13 @@ class ClickThroughRate(Task):
         read = self._read(batch)
         told = F.binary_cross_entropy_with_logits(model(*read), batch["label"], reduction="sum")
         rows = len(batch["label"])
-        if not self.options.l2 or not model.training:
+        if not model.training:
             return Loss(told, rows)
+        # A value that stands in n rows is pulled n times in an epoch, by an n-th each time.
         counts = torch.tensor([n for f in self.codec.used for n in f.counts], device=told.device)
-        weight_V = self.options.l2 / counts.clamp(min=1).float()
-        return Loss(told + model.penalty(read, weight_V), rows, {"told": told.detach()})  # type: ignore[operator]
+        once_V, o = 1 / counts.clamp(min=1).float(), self.options
+        pull = model.penalty(read, o.l2 * once_V, o.l2_vectors * once_V)  # type: ignore[operator]
+        return Loss(told + pull, rows, {"told": told.detach()})
 
     # -- evaluate and serve -------------------------------------------------------------------------------------------
 
