@@ -294,6 +294,7 @@ class Histories:
                     "test; give more data, or set data.split.by=random to hold out whole users",
                     f"{len(log.users):,} 个用户中没有一个的交互多到可以留出验证和测试；"
                     "请给出更多数据，或设置 data.split.by=random 以留出整个用户"), self.guess["files"][0]["file"])
+        where = tr("user", "用户")
         for user in np.flatnonzero(places[:, 1] > places[:, 0]).tolist():
             begin, end = places[user].tolist()
             name, items = log.users[user], log.names(user, 0, end)
@@ -302,7 +303,7 @@ class Histories:
                 row: dict[str, Any] = {"user": name, "history": items[:at], "item": items[at]}
                 if self.timed:
                     row["times"] = times[:at]
-                yield Row(row, where=tr(f"user {name}", f"用户 {name}"))
+                yield Row(row, where=f"{where} {name}")
 
 
 def histories(

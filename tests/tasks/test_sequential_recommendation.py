@@ -123,6 +123,23 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert "too few (options.min_actions, min_users): 1 " in said
 
 
+def test_what_is_odd_in_a_log_is_said_and_counted(tmp_path: Path) -> None:
+    """Unsorted, with copies, one-item users, ratings as text that nobody asked for, ids of mixed types beyond 2⁶⁴."""
+    big = str(2**64 + 1)
+    lines = [("b", big, 9, "good"), ("a", "7", 5, "ok"), ("a", "x", 3, "bad"), ("b", "x", 2, ""), ("a", "7", 5, "ok"),
+             ("solo", "x", 1, "5"), ("a", big, 8, "1"), ("b", "7", 4, "n/a")]  # fmt: skip
+    text = "user,item,time,rating\n" + "".join(",".join(map(str, line)) + "\n" for line in lines)
+    made, folder, report = prepared(tmp_path, text, data={"split": {"valid": 0}})
+    assert rows(made, folder, "train") == {"b": (["x"], "7"), "a": (["x"], "7"), "solo": ([], "x")}
+    assert rows(made, folder, "test") == {"b": (["x", "7"], None), "a": (["x", "7"], None)}  # new to training: a miss
+    said = "\n".join(report["reading"]["train"])
+    assert "exact copies: 1 " in said and "fewer than 3: 1 users" in said and report["rejected"]["count"] == 0
+    (tmp_path / "untimed").mkdir()
+    untimed = "user,item\n" + "".join(f"{u},{i}\n" for u, i, *_ in lines)
+    *_, report = prepared(tmp_path / "untimed", untimed, data={"split": {"valid": 0}})
+    assert any("no times: the order of the file" in line for line in report["reading"]["train"])
+
+
 def test_a_part_of_its_own_holds_users_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("user,item\nq,x\nq,y\nr,y\n")
     made, folder, _ = prepared(tmp_path, LOG, data={"test": str(tmp_path / "test.csv")})

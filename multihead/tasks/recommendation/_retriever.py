@@ -170,6 +170,8 @@ class Retriever(Task):
         """Numbers of the known ids, and the unknown ids. A single text that is no id may hold several: "12 7 9"."""
         if value is None or (isinstance(value, (list, tuple, str)) and not value):
             return self.codec.encode([])
+        if isinstance(value, list) and (numbers := self.codec.numbers(value)) is not None:
+            return numbers, []
         ids, fault = convert(Column(name, "ids"), value)
         if fault:
             raise UserError(fault)
