@@ -138,7 +138,8 @@ def logistic(rows: dict[str, list[Row]], y: dict[str, np.ndarray]) -> tuple[np.n
             model = LogisticRegression(C=strength, max_iter=200).fit(x["train"], y["train"])
             found = auc(model.predict_proba(x["valid"])[:, 1], y["valid"])
             if found > best[0]:
-                best = (found, model.predict_proba(x["test"])[:, 1], f"C {strength:g}, at least {least}, valid {found:.4f}")
+                said = f"C {strength:g}, at least {least}, valid {found:.4f}"
+                best = (found, model.predict_proba(x["test"])[:, 1], said)
     return best[1], best[2]
 
 
@@ -237,7 +238,8 @@ def compare(name: str, minutes: float | None) -> tuple[list[Aim], dict[str, Any]
               f"{one['log_loss']:.4f}, calibration error {one['calibration_error']:.4f}; {said}; "
               f"{one['seconds']:.0f} s", flush=True)  # fmt: skip
     mine, lr, gbm = found["ours"], found["logistic regression"], found["LightGBM"]
-    aims = [Aim(f"{name}: AUC, logistic regression", lr["auc"], mine["auc"], "AUC", "ours ≥ peer", mine["auc"] >= lr["auc"])]
+    aims = [Aim(f"{name}: AUC, logistic regression", lr["auc"], mine["auc"], "AUC", "ours ≥ peer",
+                mine["auc"] >= lr["auc"])]  # fmt: skip
     if name == "criteo":
         aims.append(Aim(f"{name}: AUC, LightGBM", gbm["auc"], mine["auc"], "AUC",
                         f"ours ≥ {gbm['low']:.4f}, its interval", mine["auc"] >= gbm["low"]))
