@@ -21,7 +21,7 @@ from multihead.transformer.attribution import attention_weights, integrated_grad
 
 SHOWN_SIDE = 128
 STEPS = 32
-LOOKED = 200  # examples among which right and wrong answers are looked for
+LOOKED = (40, 200)  # examples among which right and wrong answers are looked for, the fewer the larger they are
 HOT, COLD = (214, 40, 40), (38, 84, 196)
 
 
@@ -68,7 +68,8 @@ def galleries(
     """
     if count == 0 or not isinstance(store, Store) or not len(store):
         return []
-    some = [store[int(i)] for i in np.unique(np.linspace(0, len(store) - 1, LOOKED).astype(int))]
+    looked = min(LOOKED[1], max(LOOKED[0], LOOKED[1] * 64**2 // store[0]["image"][0].size))
+    some = [store[int(i)] for i in np.unique(np.linspace(0, len(store) - 1, looked).astype(int))]
     place = next(model.parameters()).device
     with torch.inference_mode(False), torch.enable_grad():
         still = Still(model)
