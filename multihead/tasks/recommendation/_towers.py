@@ -1,8 +1,8 @@
 """The network of two-tower-retrieval: users and items as vectors of length 1 in one space.
 
-Both towers are readings of one causal trunk. An item is its id, its fields and the tokens of its texts, read up to a
-token of its own that closes the list; a user is an id, fields, texts and a token that opens the history, and from there
-on every place of the history is a reading: what the user is like with so much of it known.
+Both towers are readings of one causal trunk. An item is its id, its fields, the tokens of its texts and one that closes
+the list, and its vector the mean of what the trunk makes of them; a user is an id, fields, texts and a token that opens
+the history, and from there on every place of the history is a reading: what the user is like with so much of it known.
 
 Legend: B users, T items of a history, S tokens of a description, P = S + 1 tokens before the history, N items asked
 for, I items of the catalogue, D d_model.
@@ -135,7 +135,12 @@ class TwoTower(nn.Module):
         """Items → vectors of length 1, (N, D); and how each stands in a history, (N, D)."""
         hidden_N = self.item.hide(number_N)
         x_NSD, real_NS, plain_ND = self.item(number_N, hidden_N)
-        y_ND = self.trunk(x_NSD, mask=real_NS)[:, -1]
+        y_NSD = self.trunk(x_NSD, mask=real_NS)
+        # The mean of all tokens, not the closing one's reading alone: an item's own vector has a straight way out.
+        if real_NS is None:
+            y_ND = y_NSD.mean(1)
+        else:
+            y_ND = (y_NSD * real_NS[..., None]).sum(1) / real_NS.sum(1, keepdim=True)
         fame_N1 = (self.fame_I[number_N] * ~hidden_N)[:, None]
         return F.normalize((self.item_out(y_ND) + fame_N1 * self.fame).float(), dim=-1), plain_ND
 
