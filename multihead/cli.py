@@ -181,14 +181,14 @@ def predict(
     file: Annotated[Path | None, _option(
         "--file", "rows to answer: jsonl, csv, tsv or txt", "要回答的行：jsonl、csv、tsv 或 txt", "FILE")] = None,
     out: Annotated[Path | None, _option(
-        "--out", "where to write the answers (jsonl); of a task that draws, a folder for the pictures",
-        "回答写到哪里（jsonl）；生成图片的任务为存放图片的文件夹", "FILE")] = None,
+        "--out", "where to write the answers (jsonl); of a task that draws or speaks, a folder for its files",
+        "回答写到哪里（jsonl）；生成图片或语音的任务为存放文件的文件夹", "FILE")] = None,
     ask: Annotated[list[str] | None, _option(
         "--ask", "what to ask for, such as temperature=0.7", "询问的选项，例如 temperature=0.7", "KEY=VALUE")] = None,
     device: Device = "auto",
 ) -> None:
     from multihead.build import open_run
-    from multihead.data import images
+    from multihead.data.written import written
     from multihead.predict import predict_file, predict_pictures
 
     if bool(inputs) == (file is not None):
@@ -198,7 +198,7 @@ def predict(
         raise UserError(tr("--file needs --out, the file for the answers", "--file 需要 --out，即回答写入的文件"))
     wishes = _asked(ask or [])
     opened = open_run(run, device)
-    if file is None and out is not None and not opened.task.draws:
+    if file is None and out is not None and not (opened.task.draws or opened.task.speaks):
         raise UserError(tr("--out goes with --file; answers to texts are printed",
                            "--out 要与 --file 一起用；文本的回答直接打印"))
     if file is not None and out is not None:
@@ -210,7 +210,7 @@ def predict(
             print(json.dumps({"file": where, **answer}, ensure_ascii=False))
         return
     for number, answer in enumerate(opened.predict(inputs or [], **wishes), 1):
-        shown = answer if out is None else images.written(answer, out, str(number))
+        shown = answer if out is None else written(answer, out, str(number))
         print(json.dumps(shown, ensure_ascii=False))
 
 

@@ -79,6 +79,10 @@ class Task:
     """Methods of the model that an opened run offers as its own: ``multihead.load(run).embed_user(ids)``."""
     draws: ClassVar[bool] = False
     """True where an answer holds ``pictures``, PNG data URIs; served at ``/v1/images/generations``."""
+    speaks: ClassVar[bool] = False
+    """True where an answer holds ``audio``, a WAV data URI; served at ``/v1/audio/speech``."""
+    voices: Sequence[str] = ()
+    """Where it speaks, in which voices; one without a name (``""``) where the data names none."""
     asks: ClassVar[tuple[str, ...]] = ()
     """Options that a caller of ``predict`` may give, served beside the input."""
 

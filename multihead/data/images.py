@@ -116,19 +116,6 @@ def doubtful(raw: bytes) -> str:
     return ""
 
 
-def written(answer: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """An answer whose ``pictures`` (data URIs of PNGs) were put into `folder`, which tells their places instead:
-    ``<name>-1.png``, ``<name>-2.png`` … UserError where they cannot be written."""
-    places = [folder / f"{name}-{i}.png" for i in range(1, len(answer["pictures"]) + 1)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place, uri in zip(places, answer["pictures"], strict=True):
-            place.write_bytes(from_uri(uri))
-    except OSError as error:
-        raise os_error(str(folder), error) from None
-    return {**answer, "pictures": [str(place) for place in places]}
-
-
 def not_uri(value: Any) -> str:
     """The message for a value that is not a picture."""
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "…"

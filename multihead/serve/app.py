@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from multihead import __version__
 from multihead.errors import UserError, tr
-from multihead.serve import embeddings, images, openai, predict, recommend, transcriptions
+from multihead.serve import embeddings, images, openai, predict, recommend, speech, transcriptions
 from multihead.serve.guard import LOCAL, Guard
 from multihead.serve.hosted import Hosted, Served
 from multihead.serve.intake import ERRORS, BadBody, of_validation, pick
@@ -85,6 +85,8 @@ def create_app(served: Sequence[Served], settings: ServeSettings | None = None) 
     app.include_router(images.router)
     if any(transcriptions.hears(hosted) for hosted in models.values()):
         app.include_router(transcriptions.router)
+    if any(hosted.task.speaks for hosted in models.values()):
+        app.include_router(speech.router)
     app.include_router(predict.router(models, settings))
     app.include_router(recommend.router(models, settings))
     _add_plain_routes(app, models, state)

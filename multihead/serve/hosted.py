@@ -108,6 +108,8 @@ class Hosted:
             "options": list(self.asks),
             "embeds": self.embeds,
             "draws": self.task.draws,
+            "speaks": self.task.speaks,
+            "voices": list(self.task.voices),
             "retrieves": self.task.retrieves,
             "ranks": self.task.ranks,
             "context": [{"name": c.name, "kind": c.kind} for c in self.task.context()],
