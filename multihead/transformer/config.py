@@ -53,6 +53,9 @@ class TransformerConfig:
     drop_path: float = 0.0
     """Share of examples that skip a residual branch of the last block in training; a straight line from 0 leads there
     (stochastic depth, Huang et al. 2016, section 3, by example)."""
+    conv_kernel: int = 0
+    """Positions that the convolution module of each block spans (Conformer, Gulati et al. 2020), in trunks that look both
+    ways; an odd number, 0 for none."""
     ngrams: tuple[int, ...] = ()
     """Orders n whose hashed n-gram embeddings are added to the token embedding (Pagnoni et al. 2024, section 3.2.1)."""
     ngram_buckets: int = 16384
@@ -128,6 +131,14 @@ class TransformerConfig:
                 found.append(
                     (key, f"{key} is {share}; it must lie in [0, 1)", f"{key} 是 {share}，应在 [0, 1) 之间")
                 )
+        if self.conv_kernel < 0 or (self.conv_kernel and self.conv_kernel % 2 == 0):
+            found.append(
+                (
+                    "conv_kernel",
+                    f"conv_kernel is {self.conv_kernel}; it must be odd, or 0 for none",
+                    f"conv_kernel 是 {self.conv_kernel}，应为奇数，或 0 表示不用",
+                )
+            )
         if any(n < 2 or n > 8 for n in self.ngrams):
             found.append(
                 (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from multihead.transformer.cache import Cache, Step
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.convolution import Convolution
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.dropout import dropout as random_zeros
 
@@ -250,13 +251,16 @@ class Block(nn.Module):
     `conditioned`, the first and the last have their norm shifted and scaled, and their residual gated."""
 
     def __init__(
-        self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0, conditioned: bool = False
+        self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0, conditioned: bool = False,
+        convolved: bool = False,
     ) -> None:
         super().__init__()
         self.before = config.norm_position == "before"
         self.attention_norm, self.attention = make_norm(config), Attention(config)
         self.cross_norm = make_norm(config) if cross_attention else None
         self.cross = Attention(config, cross=True) if cross_attention else None
+        self.convolution_norm = make_norm(config) if convolved else None
+        self.convolution = Convolution(config) if convolved else None
         self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
         self.dropout = Dropout(config.dropout, drop_path)
         self.modulation = Modulation(config.d_model, 6) if conditioned else None
@@ -279,12 +283,23 @@ class Block(nn.Module):
             x_BTD = x_BTD + self.dropout(gated(y_BTD, by, 2))
             if self.cross is not None and self.cross_norm is not None and memory is not None:
                 x_BTD = x_BTD + self.dropout(self.cross.over(self.cross_norm(x_BTD), memory, memory_mask_BHTS))
+            x_BTD = self._convolved(x_BTD, mask_BHTS)
             y_BTD = self.feed_forward(modulated(self.feed_forward_norm(x_BTD), by, 3))
             return x_BTD + self.dropout(gated(y_BTD, by, 5))
         x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_BT2E, mask_BHTS, causal, cache)))
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             x_BTD = self.cross_norm(x_BTD + self.dropout(self.cross.over(x_BTD, memory, memory_mask_BHTS)))
+        x_BTD = self._convolved(x_BTD, mask_BHTS)
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+
+    def _convolved(self, x_BTD: Tensor, mask_BHTS: Tensor | None) -> Tensor:
+        """With what the convolution module adds, if there is one. Positions that nobody may look at are padding."""
+        if self.convolution is None or self.convolution_norm is None:
+            return x_BTD
+        real_BT = None if mask_BHTS is None else mask_BHTS[:, 0].any(1)
+        if self.before:
+            return x_BTD + self.dropout(self.convolution(self.convolution_norm(x_BTD), real_BT))
+        return self.convolution_norm(x_BTD + self.dropout(self.convolution(x_BTD, real_BT)))
 
 
 class Trunk(nn.Module):
@@ -307,7 +322,8 @@ class Trunk(nn.Module):
             raise ValueError("a condition bends norms that stand before their part: norm_position 'before'")
         self.config, self.causal = config, causal
         paths = (config.drop_path * layer / config.num_layers for layer in range(1, config.num_layers + 1))
-        self.blocks = nn.ModuleList(Block(config, cross_attention, path, conditioned) for path in paths)
+        convolved = config.conv_kernel > 0 and not causal
+        self.blocks = nn.ModuleList(Block(config, cross_attention, path, conditioned, convolved) for path in paths)
         self.norm = make_norm(config) if config.norm_position == "before" else None
         self.modulation = Modulation(config.d_model, 2) if conditioned else None
         table = None
