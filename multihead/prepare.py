@@ -26,6 +26,7 @@ from multihead.dealing import PARTS, Dealt, PartRows, Tick, conflicts, count, de
 from multihead.errors import Problem, UserError, tr
 from multihead.recipe import Data, Files, Recipe
 from multihead.run import RECIPE, WEIGHTS, RunFolder, file_hash, fsync_folder, write_json, writing
+from multihead.starting import suits
 from multihead.task import Task, find
 
 REPORT = "data/report.json"
@@ -98,15 +99,15 @@ def give_origin(recipe: Recipe, task: Task, folder: RunFolder) -> None:
     from multihead.weights import open_origin
 
     task.origin = open_origin(path)
-    kinds = {column.kind for column in task.inputs()}
-    if task.origin.reads == "pictures" and not kinds & {"image", "video"}:
+    if suits(task, task.origin):
+        return
+    if task.origin.reads == "pictures":
         raise UserError(tr(f"these weights read pictures ({task.origin.family}), and {recipe.task} has none",
                            f"这些权重读取图片（{task.origin.family}），而 {recipe.task} 没有图片"), path)
-    if task.origin.reads == "text" and kinds <= {"image", "video"}:
-        raise UserError(tr(f"these weights read texts ({task.origin.family}), and {recipe.task} has none; start from "
-                           "a ViT or DeiT, or from a run of image-classification",
-                           f"这些权重读取文本（{task.origin.family}），而 {recipe.task} 没有文本；"
-                           "请从 ViT、DeiT 或 image-classification 的训练结果开始"), path)
+    raise UserError(tr(f"these weights read texts ({task.origin.family}), and {recipe.task} has none; start from a ViT "
+                       "or DeiT, or from a run of image-classification",
+                       f"这些权重读取文本（{task.origin.family}），而 {recipe.task} 没有文本；"
+                       "请从 ViT、DeiT 或 image-classification 的训练结果开始"), path)
 
 
 def prepare(

@@ -32,10 +32,16 @@ def origin(source: Source, problems: list[Problem]) -> Any:
         return None
 
 
+def suits(task: Any, origin: Any) -> bool:
+    """Whether weights that read pictures, or texts, are for a task that has any."""
+    kinds, pictures = {column.kind for column in task.columns if not column.target}, {"image", "video"}
+    return bool(kinds & pictures) if origin.reads == "pictures" else not kinds or not kinds <= pictures
+
+
 def defaults(task: Any, origin: Any) -> dict[str, Any]:
     """The lowest layers of a recipe: what the task prefers, and over it what the weights decide."""
     values: dict[str, Any] = {key: dict(section) for key, section in task.defaults.items()}
-    if origin is not None:  # a task's own sizes are for models that begin from nothing
+    if origin is not None and suits(task, origin):  # a task's own sizes are for models that begin from nothing
         free = {key: value for key, value in values.get("model", {}).items() if key in TRAINING_ONLY}
         values["model"] = {**free, **{key: value for key, value in origin.config.items() if key in SHAPE}}
         preferred = {key: value for key, value in origin.preferred.items() if key in task.Options.model_fields}

@@ -190,3 +190,17 @@ def test_processors_that_do_something_else_are_refused(
     file.unlink()
     with pytest.raises(UserError, match=r"preprocessor_config\.json is missing"):
         open_origin(there)
+
+
+def test_weights_that_read_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULTIHEAD_LANG", "en")
+    folder(tmp_path / "vit", "vit")
+    peers.write(tmp_path / "bert", peers.peer("Bert", "MaskedLM", **peers.ENCODERS["bert"][1]))
+    pictures(tmp_path / "data")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "x"}\n' * 9)
+    for task, data, weights, told in (("text-classification", "rows.jsonl", "vit", "read pictures"),
+                                      ("image-classification", "data", "bert", "read texts")):
+        recipe = {"task": task, "data": {"train": data}, "model": {"from": weights}}
+        (tmp_path / "r.yaml").write_text(strict_yaml.dump(recipe), "utf-8")
+        with pytest.raises(UserError, match=told):
+            train(tmp_path / "r.yaml", run=tmp_path / "run", progress=False)
