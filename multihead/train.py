@@ -137,17 +137,14 @@ class Trainer:
         steps = s.steps
         if s.minutes is not None:
             times: list[float] = []
-            while len(times) < 5 or sum(times) < 2.0:
+            enough = min(20.0, max(2.0, s.minutes * 60 * 0.01))  # a busy machine is not judged by one quiet moment
+            while len(times) < 5 or sum(times) < enough:
                 start = time.perf_counter()
                 work()
                 times.append(time.perf_counter() - start)
             # A twentieth of the time is left for evaluations and checkpoints.
-            steps = max(
-                1,
-                min(
-                    steps, int(s.minutes * 60 * 0.95 / statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)]))
-                ),
-            )
+            usual = statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)])
+            steps = max(1, min(steps, int(s.minutes * 60 * 0.95 / usual)))
         return steps, threads
 
     def _resume(self) -> None:
