@@ -4,12 +4,13 @@
 
 fsdd: the shipped recipe within `--minutes` (15: preparing, training and evaluating), then the official test part
 (recordings 0 to 4 of each digit and speaker) once; the weights are picked on a tenth of the training part. Beside it
-the time of answering over the length of what was answered. `--speakers` trains once more for every speaker, without any of
-their recordings, and prints the share of their digits right: the official split shares all speakers. An earlier run
-folder (`--run`) is gone on with.
+the time of answering over the length of what was answered. `--speakers` trains once more for every speaker, without any
+of their recordings, and prints the share of their digits right: the official split shares all speakers. An earlier
+run folder (`--run`) is gone on with.
 
 syllables: the shipped recipe within `--minutes` (15), and a peer without any learning on the same recordings: the
-syllable of the training recording whose log-mel, brought to 64 frames, lies nearest. The validation part is measured once.
+syllable of the training recording whose log-mel, brought to 64 frames, lies nearest. The validation part is measured
+once.
 
 hostile: files that claim too much, hold nothing, are no numbers, a video, or another form than their name says, through
 `prepare` and through the server: what is said of each, and how much memory it took.
@@ -219,7 +220,7 @@ def hostile(args: Any, folder: Path) -> int:
         rows.append(f"good{i}.wav\t{'abc'[i % 3]}\n")
     manifest = place / "train.tsv"
     manifest.write_text("audio\ttext\n" + "".join(rows), "utf-8")
-    settings = [f"data.train={manifest}", "data.columns={}", "data.max_rejected=0.9", "train.steps=2"]
+    settings = [f"data.train={manifest}", "data.columns.text=text", "data.max_rejected=0.9", "train.steps=2"]
     run = train(tiny, settings, run=folder / "run", progress=False)
     files = hostile_files()
     aims = []

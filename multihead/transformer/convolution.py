@@ -12,7 +12,8 @@ from multihead.transformer.config import TransformerConfig
 
 
 class Convolution(nn.Module):
-    """x (B, T, D) → (B, T, D): a gate, a convolution of each channel over `conv_kernel` positions, a norm, Swish, a map.
+    """x (B, T, D) → (B, T, D): a gate, a convolution of each channel over `conv_kernel` positions, a norm, Swish and a
+    linear map.
 
     LayerNorm stands where the paper has BatchNorm, so that a row does not depend on its batch.
     """
