@@ -60,10 +60,11 @@ def described(store: Store) -> dict[str, Any]:
     for i in range(len(store)):
         example = store[i]
         samples, target = example["audio"], example.get("target", np.zeros(0))
-        loudest = int(np.abs(samples.astype(np.int32)).max(initial=0))
+        size_N = np.abs(samples.astype(np.int32))
+        loudest = int(size_N.max(initial=0))
         speed = len(target) / (len(samples) / RATE)
         for name, bad in (
-            ("silent", loudest <= SILENT), ("clipped", float((np.abs(samples) >= 32766).mean()) > CLIPPED),
+            ("silent", loudest <= SILENT), ("clipped", float((size_N >= 32766).mean()) > CLIPPED),
             ("another_rate", int(example["rate"]) != usual), ("text_too_long", speed > FAST),
             ("text_too_short", len(samples) > 3 * RATE and speed < SLOW),
             ("same_samples", seen.setdefault(xxhash.xxh3_64_intdigest(samples.tobytes()), i) != i),
