@@ -80,9 +80,11 @@ def _targets(task: Task) -> list[str]:
     return [column.name for column in task.columns if column.target]
 
 
+_TEXT = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
 def _hash(values: Sequence[Any]) -> int:
-    text = json.dumps(values, ensure_ascii=False, default=str)
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_64_intdigest(_TEXT(values).encode("utf-8", "surrogatepass"))
 
 
 def count(rows: Rows, task: Task, tick: Tick, limit: int | None = None, group: str | None = None) -> Dealt:

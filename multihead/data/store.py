@@ -53,7 +53,8 @@ class _KeyWriter:
             self.offsets.write((0).to_bytes(8, "little"))
 
     def add(self, array: np.ndarray, row: int) -> None:
-        if array.dtype.newbyteorder("<") != self.dtype or (array.ndim > 0) != self.ragged \
+        same = array.dtype == self.dtype  # the rest of this line is slow, and there are millions of rows
+        if (not same and array.dtype.newbyteorder("<") != self.dtype) or (array.ndim > 0) != self.ragged \
                 or tuple(array.shape[1:]) != self.trailing:
             raise ValueError(
                 f"key {self.key!r}, example {row}: dtype {array.dtype} and shape {array.shape} do not go with the "
@@ -117,7 +118,7 @@ class StoreWriter:
     def _add_raw(self, row: Mapping[str, Any]) -> None:
         assert self._raw is not None and self._raw_offsets is not None
         held = {"row": dict(row), "where": getattr(row, "where", "")}
-        line = json.dumps(held, ensure_ascii=False, separators=(",", ":"), default=_plain).encode("utf-8", "replace")
+        line = _LINE(held).encode("utf-8", "replace")
         self._raw.write(line + b"\n")
         self._raw_total += len(line) + 1
         self._raw_offsets.write(self._raw_total.to_bytes(8, "little"))
@@ -172,6 +173,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return str(value)
+
+
+_LINE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain).encode
 
 
 def _sync_folder(folder: Path) -> None:

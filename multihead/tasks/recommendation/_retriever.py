@@ -36,6 +36,7 @@ SAMPLES, SHOWN = 5, 5
 """Users that the report shows, and items of each list."""
 MOST = 1000
 """Longest list that a request may ask for; also how many of a user's last items are remembered."""
+NOTE = json.JSONEncoder(ensure_ascii=False).encode
 HISTORY_NAMES = ("items", "item", "sequence", "clicks", "viewed", "purchased", "历史", "历史记录", "浏览记录",
                  "购买记录")
 
@@ -142,7 +143,7 @@ class Retriever(Task):
         if unknown or strange:
             note["unknown"] = list(dict.fromkeys([*unknown, *strange]))
         more = self.beside(row, len(history))
-        said = json.dumps(note, ensure_ascii=False).encode("utf-8", "replace") if note else b""
+        said = NOTE(note).encode("utf-8", "replace") if note else b""
         example = {"history": history, "without": without, "note": np.frombuffer(said, dtype=np.uint8), **more}
         if row.get("item") is not None:
             number, _ = self.codec.encode([row["item"]])
