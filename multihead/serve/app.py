@@ -143,7 +143,7 @@ def _add_plain_routes(app: FastAPI, models: dict[str, Hosted], state: State) -> 
 
 def _add_handlers(app: FastAPI) -> None:
     fields = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields,
-                     *recommend.FIELDS})
+                     *images.ImageBody.model_fields, *recommend.FIELDS})
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
