@@ -176,6 +176,7 @@ def _context(run: Any, result: Mapping[str, Any], figures: Mapping[str, Any]) ->
         "pairs": [pair for pair in figures.get("pairs") or [] if any(pair["pictures"])],
         "illustrated": figures.get("galleries") or any(one.get("picture") for one in figures.get("mistakes") or []),
         "galleries": figures.get("galleries") or [],
+        "sounding": any(row.get("sounds") for one in figures.get("galleries") or [] for row in one["rows"]),
         "calibration": charts.reliability(calibration["confidence"], calibration["accuracy"], calibration["count"]),
         "wide": len(matrix["labels"]) > charts.WIDE,
         "classes": list(figures.get("classes") or [])[:CLASSES],

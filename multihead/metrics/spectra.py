@@ -41,10 +41,11 @@ def warped(cost_NM: np.ndarray) -> list[tuple[int, int]]:
 
 def distortion(a_NB: np.ndarray, b_MB: np.ndarray) -> float:
     """Mel-cepstral distance in decibels, 10 / ln 10 · √(2 Σ (c − c')²), its mean over the best path (Kubichek 1993; the
-    path as in Weiss et al. 2021). It depends on bands and coefficients: compare figures of one kind only."""
+    path as in Weiss et al. 2021): of smoothed log spectra the root mean square difference. It depends on bands and
+    coefficients: compare figures of one kind only."""
     a_NC, b_MC = cepstra(a_NB), cepstra(b_MB)
     square_NM = (a_NC**2).sum(1)[:, None] + (b_MC**2).sum(1) - 2 * a_NC @ b_MC.T
-    # The transform is of amplitudes in a unit that makes it the cepstrum of the spectrum: c = transform / √(B / 2).
+    # The orthonormal transform over c of ln |S(ω)| = Σ c_n cos(n ω) is √(B / 2).
     scale = 2 / a_NB.shape[1]
     cost_NM = 10 / math.log(10) * np.sqrt(2 * np.maximum(square_NM, 0) * scale)
     return float(np.mean([cost_NM[i, j] for i, j in warped(cost_NM)]))
