@@ -43,7 +43,7 @@ def test_a_recording_from_a_file_and_one_from_the_microphone():
         page.get_by_role("button", name="Done").wait_for(timeout=20_000)
         page.wait_for_timeout(1000)
         page.get_by_role("button", name="Done").click()
-        page.wait_for_function("document.querySelectorAll('.answer').length === 2", timeout=20_000)
+        page.wait_for_function("() => document.querySelectorAll('.answer').length === 2", timeout=20_000)
         assert page.locator(".answer audio").count() == 2
         assert page.locator(".answers").inner_text().count("seconds") == 2
         assert not faults, faults
