@@ -1,6 +1,7 @@
 """Speech synthesis: is it understood by a recogniser that is not ours, how far is it from the voice, and how fast?
 
-    python benchmarks/text_to_speech.py [--run DIR] [--json FILE] [--minutes N] [--keep DIR] [--vocoder-only]
+    python benchmarks/text_to_speech.py [--run DIR] [--json FILE] [--minutes N] [--keep DIR] [--espeak N]
+                                        [--vocoder-only]
 
 On the 35 validation prompts of asterisk-allison-en, pocketsphinx (``pip install pocketsphinx``: its wheel carries an
 English model; its language is open, so telephone prompts are hard for it) writes down
@@ -13,11 +14,19 @@ Word error rates stand with 95 % bootstrap intervals over the recordings; (b) an
 resamples. Mel-cepstral distance is of free synthesis against the real recording: cepstra 1 to 13 of 80 log-mel bands,
 mean over the best path of dynamic time warping. The real-time factor is the time of synthesis, one text after the
 other, over the length of what was made. `--keep` writes ten samples of each kind as WAV files.
+
+Ten minutes of speech are few. With `--espeak N` the model also learns N sentences of tatoeba-cmn-eng's training part
+as spoken by espeak-ng (``apt install espeak-ng``), a second voice: they teach it to read, the prompts its own voice.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import os
+import shutil
+import subprocess
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -42,6 +51,8 @@ from multihead.train import train
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "speech" / "english-prompts.yaml"
 DATA = Path(os.environ["MULTIHEAD_DATA"]) / "asterisk-allison-en"
+SENTENCES = DATA.parent / "tatoeba-cmn-eng" / "train.tsv.gz"
+VOICE, OTHER = "allison", "espeak"
 RESAMPLES, SAMPLES = 2000, 10
 VOCODER, SPEECH, FACTOR = 0.05, 0.30, 0.5
 """Aims: what (b) and (c) may lie above (a), and the real-time factor."""
@@ -91,18 +102,41 @@ def interval(rate: ErrorRates, beside: ErrorRates, weights: np.ndarray) -> dict[
             "above_high": float(over)}
 
 
+def manifests(folder: Path, count: int) -> list[str]:
+    """Prompts and espeak-ng's sentences with a column of voices; what the recipe then reads."""
+    if shutil.which("espeak-ng") is None:
+        raise SystemExit("--espeak needs espeak-ng: apt install espeak-ng")
+    for part in ("train", "valid"):
+        with tarfile.open(DATA / f"{part}.tar") as archive:
+            archive.extractall(folder, filter="data")
+        with open(folder / f"{part}.tsv", encoding="utf-8") as file:
+            lines = [(row["file"], row["text"], VOICE) for row in csv.DictReader(file, delimiter="\t")]
+        if part == "train":
+            with gzip.open(SENTENCES, "rt", encoding="utf-8") as file:
+                texts = sorted({line.split("\t")[0] for line in file if 12 <= len(line.split("\t")[0]) <= 60})
+            for i, k in enumerate(np.random.default_rng(0).permutation(len(texts))[:count].tolist()):
+                name = f"espeak-{i}.wav"
+                subprocess.run(["espeak-ng", "-v", "en-us", "-w", str(folder / name), texts[k]], check=True)
+                lines.append((name, texts[k], OTHER))
+        with open(folder / f"{part}-voices.tsv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([("file", "text", "speaker"), *lines])
+    return [f"data.{part}={folder / f'{part}-voices.tsv'}" for part in ("train", "valid")]
+
+
 def spoken(run: Run, texts: list[str]) -> tuple[list[np.ndarray], float]:
     """A run's speech of each text, and its real-time factor."""
-    run.predict([texts[0]])
+    rows = [{"text": text, **({"speaker": VOICE} if VOICE in run.task.voices else {})} for text in texts]
+    run.predict(rows[:1])
     start, sounds = time.perf_counter(), []
-    for text in texts:
-        sounds.append(decoded(from_uri(run.predict([text])[0]["audio"]))[0])
+    for row in rows:
+        sounds.append(decoded(from_uri(run.predict([row])[0]["audio"]))[0])
     return sounds, (time.perf_counter() - start) / (sum(map(len, sounds)) / 16000)
 
 
 def main() -> int:
     args = arguments(__doc__, 30, [("--run", {"type": Path}), ("--keep", {"type": Path}),
-                                   ("--vocoder-only", {"action": "store_true"})])
+                                   ("--vocoder-only", {"action": "store_true"}),
+                                   ("--espeak", {"type": int, "default": 0, "metavar": "N"})])
     rows, listener = prompts(), Listener()
     texts = [row["text"] for row in rows]
     codec = VoiceCodec.fit((row["audio"] for row in rows[:1]), trim=0)
@@ -114,7 +148,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             place = args.run or Path(folder) / "run"
             if args.run is None:
-                train(RECIPE, [f"train.minutes={args.minutes}", "train.threads=1"], run=place)
+                more = manifests(Path(folder), args.espeak) if args.espeak else []
+                train(RECIPE, [f"train.minutes={args.minutes}", "train.threads=1", *more], run=place)
             sounds["ours"], factor = spoken(open_run(place, "cpu"), texts)
     found = {name: rates(listener, held, texts) for name, held in sounds.items()}
     weights = np.random.default_rng(0).multinomial(len(rows), [1 / len(rows)] * len(rows), RESAMPLES)

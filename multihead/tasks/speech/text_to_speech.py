@@ -327,7 +327,7 @@ class TextToSpeech(Task):
         timed = whole_frames(said.log_durations[0], 1.0)
         frames = self._frames(model, said, timed[None], self.seed, self.options.steps)
         real = mel[0].float().cpu().numpy()
-        answer = {name: float(f"{value.item():.6g}") for name, value in parts.items()}
+        answer: Answer = {name: float(f"{value.item():.6g}") for name, value in parts.items()}
         late = float((timed - durations_1S[0]).abs().float().mean()) * HOP / RATE
         answer |= {"loss": float(f"{sum(answer.values()):.6g}"),
                    "mcd": round(distortion(self.codec.log_mel(frames), self.codec.log_mel(real)), 3),
