@@ -166,10 +166,10 @@ def test_words_get_times_from_their_tokens():
     logp[:, 0] = -0.1
     for k, token in enumerate(ids):
         logp[3 + 5 * k : 5 + 5 * k, token] = 0.0
-    found = [(w["word"], w["start"], w["end"]) for w in told.timed(units, logp, ids)]
-    assert found == [("ab", 0.12, 0.4), ("c", 0.72, 0.8), ("你", 0.92, 1.0), ("好", 1.12, 1.2)]
+    found = [(w["word"], w["start"], w["end"]) for w in told.timed(units, logp, ids, 1.18)]
+    assert found == [("ab", 0.12, 0.4), ("c", 0.72, 0.8), ("你", 0.92, 1.0), ("好", 1.12, 1.18)]
     pinyin = PinyinCodec.fit(["中国"])
-    assert [w["word"] for w in told.timed(pinyin, np.zeros((9, 9)), pinyin.encode("中国").tolist())] == [
+    assert [w["word"] for w in told.timed(pinyin, np.zeros((9, 9)), pinyin.encode("中国").tolist(), 9)] == [
         "zhong1", "guo2"]  # fmt: skip
 
 

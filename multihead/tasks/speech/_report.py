@@ -111,7 +111,8 @@ def pieces(units: TextCodec | PinyinCodec, ids: Sequence[int]) -> list[str]:
     return [stream.push(i) for i in ids]
 
 
-def timed(units: TextCodec | PinyinCodec, logp_SV: np.ndarray, ids: Sequence[int]) -> list[dict[str, Any]]:
+def timed(units: TextCodec | PinyinCodec, logp_SV: np.ndarray, ids: Sequence[int], seconds: float
+          ) -> list[dict[str, Any]]:
     """The words of a text with their times in seconds and their confidence, by the likeliest path of CTC."""
     found: list[dict[str, Any]] = []
     fresh = True
@@ -121,7 +122,7 @@ def timed(units: TextCodec | PinyinCodec, logp_SV: np.ndarray, ids: Sequence[int
             fresh = fresh or piece.isspace()
             continue
         apart = fresh or piece[0].isspace() or len(words(found[-1]["word"][-1] + text[0])) > 1
-        start, end = (round(frame * POSITION / RATE, 2) for frame in (first, behind))
+        start, end = (round(min(frame * POSITION / RATE, seconds), 2) for frame in (first, behind))
         if apart:
             found.append({"word": text, "start": start, "end": end, "confidence": sure, "tokens": 1})
         else:

@@ -249,7 +249,7 @@ class SpeechRecognition(Task):
             answer = {"text": self.units.decode(reading.ids).strip(), "seconds": round(samples / RATE, 3),
                       "score": round(reading.score / (len(reading.ids) + 1), 5)}
             if wishes["timestamps"]:
-                answer["words"] = told.timed(self.units, logp_SV, reading.ids)
+                answer["words"] = told.timed(self.units, logp_SV, reading.ids, samples / RATE)
             answers.append(answer)
         return answers
 
