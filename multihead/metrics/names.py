@@ -1,0 +1,46 @@
+"""What a person calls each figure, in English and Chinese. One that is not here is shown by its own name."""
+
+from __future__ import annotations
+
+UNBOUNDED = ("loss", "log_loss", "perplexity", "bits_per_byte")
+"""Small ones lie below 1 and are no shares all the same."""
+NAMES: dict[str, tuple[str, str]] = {
+    "loss": ("loss", "损失"),
+    "accuracy": ("accuracy", "准确率"),
+    "macro_f1": ("macro F1", "宏平均 F1"),
+    "micro_f1": ("micro F1", "微平均 F1"),
+    "f1": ("F1", "F1"),
+    "precision": ("precision", "精确率"),
+    "recall": ("recall", "召回率"),
+    "auc": ("AUC", "AUC"),
+    "gauc": ("AUC within each user", "用户内 AUC（GAUC）"),
+    "expected_over_clicks": ("clicks foretold over clicks made", "预测点击数 / 实际点击数"),
+    "calibration_error": ("calibration error", "校准误差"),
+    "log_loss": ("log loss", "对数损失"),
+    "perplexity": ("perplexity", "困惑度"),
+    "bits_per_byte": ("bits per byte", "每字节比特数"),
+    "top5_accuracy": ("right among the first five", "前五命中率"),
+    "token_accuracy": ("next token right", "下一词元准确率"),
+    "exact_match": ("exact match", "完全匹配率"),
+    "ndcg@10": ("NDCG@10, all items", "NDCG@10（全部物品）"),
+    "hr@10": ("hit rate@10, all items", "命中率@10（全部物品）"),
+    "ndcg@5": ("NDCG@5, all items", "NDCG@5（全部物品）"),
+    "hr@5": ("hit rate@5, all items", "命中率@5（全部物品）"),
+    "recall@50": ("recall@50, all items", "召回率@50（全部物品）"),
+    "wer": ("word error rate", "词错误率"),
+    "cer": ("character error rate", "字错误率"),
+    "exact": ("texts without an error", "完全正确的文本"),
+    "toneless_wer": ("syllable error rate without tones", "不计声调的音节错误率"),
+    "mrr": ("MRR, all items", "MRR（全部物品）"),
+    "ndcg@10_of_100_sampled": ("NDCG@10 among 100 sampled items", "NDCG@10（仅与抽样的 100 个物品比较）"),
+    "hr@10_of_100_sampled": ("hit rate@10 among 100 sampled items", "命中率@10（仅与抽样的 100 个物品比较）"),
+    "novelty@10": ("novelty of the first 10, bits", "前 10 个的新颖度（比特）"),
+    "popularity@10": ("popularity of the first 10, times chosen", "前 10 个的平均热度（被选次数）"),
+    "coverage@10": ("share of the catalogue recommended", "目录覆盖率"),
+    "gini@10": ("Gini of the recommendations", "推荐的基尼系数"),
+    "agreement": ("drawn as asked, by the judge", "与要求一致（由评判模型判断）"),
+    "frechet": ("Fréchet distance of drawn pictures", "生成图片的 Fréchet 距离"),
+    "frechet_floor": ("… of as many training pictures", "……同样多的训练图片"),
+    "lr": ("learning rate", "学习率"),
+    "tokens_per_s": ("tokens per second", "每秒词元数"),
+}
