@@ -231,8 +231,9 @@ def describe(task: Task, store: Store) -> dict[str, Any]:
     if not len(store):
         return {"rows": 0}
     found: dict[str, Any] = {"rows": len(store)}
-    # An array of more than two axes is a picture and no sequence.
-    ragged = next((key for key in store.keys if 0 < store[0][key].ndim < 3), None)
+    # An array of more than two axes is a picture and no sequence; nor is what is equally long in every row.
+    sequences = [key for key in store.keys if 0 < store[0][key].ndim < 3]
+    ragged = next((key for key in sequences if len(store) == 1 or np.ptp(store.lengths(key)) > 0), None)
     if ragged is not None:
         lengths = store.lengths(ragged)
         counts, edges = np.histogram(lengths, bins=min(30, max(1, int(lengths.max() - lengths.min()))))
