@@ -130,7 +130,8 @@ def test_texts_are_read_in_one_form_and_cut_at_sentences() -> None:
 def test_chinese_is_read_as_pinyin_with_its_numbers() -> None:
     pytest.importorskip("pypinyin")
     pytest.importorskip("cn2an")
-    reading = Reading.fit(["你好，三十一度。", "ni3 hao3"], "pinyin")
+    reading = Reading.fit(["你好，三十一度。", "ni3"])
+    assert reading.kind == "pinyin" and Reading.fit(["hello"]).kind == "char"
     assert reading.encode("你好").tolist() == reading.encode("ni3 hao3").tolist()
     assert reading.encode("31度").tolist() == reading.encode("三十一度").tolist()
     with pytest.raises(UserError, match="nothing"):

@@ -11,10 +11,11 @@ from typing import Literal
 import numpy as np
 
 from multihead.codec.text import TextCodec
-from multihead.codec.transcript import PinyinCodec
+from multihead.codec.transcript import HAN, PinyinCodec
 from multihead.errors import UserError, tr
 
 Units = Literal["char", "pinyin"]
+_HAN = re.compile(f"[{HAN}]")
 _SENTENCE = re.compile(r"(?<=[.!?;。！？；])\s*")
 _CLAUSE = re.compile(r"(?<=[,:，：、])\s*")
 _SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
@@ -57,11 +58,14 @@ class Reading:
         self.bos, self.eos, self.vocab_size = units.bos, units.eos, units.vocab_size
 
     @classmethod
-    def fit(cls, texts: Iterable[str], kind: Units) -> Reading:
-        """The units of `texts`, which may be read again."""
-        longest = 0
+    def fit(cls, texts: Iterable[str], kind: Units | Literal["auto"] = "auto") -> Reading:
+        """The units of `texts`, which may be read again; "auto": pinyin where most characters are Chinese."""
+        longest = total = chinese = 0
         for text in texts:
-            longest = max(longest, len(plain(text)))
+            size = len(plain(text))
+            longest, total, chinese = max(longest, size), total + size, chinese + len(_HAN.findall(text))
+        if kind == "auto":
+            kind = "pinyin" if 2 * chinese > total else "char"
         shown = map(plain, texts)
         units = PinyinCodec.fit(shown) if kind == "pinyin" else TextCodec.fit(shown, "char", 4000)
         return cls(kind, units, max(longest, 8))

@@ -33,7 +33,7 @@ from multihead.run import write_json
 from multihead.task import Answer, Batch, Example, Loss, Task
 from multihead.tasks.speech import _spoken as spoken
 from multihead.tasks.speech._alignment import aligned
-from multihead.tasks.speech._reading import Reading
+from multihead.tasks.speech._reading import Reading, Units
 from multihead.tasks.speech._synthesiser import Said, Synthesiser, whole_frames
 from multihead.tasks.speech.speech_recognition import AUDIO_NAMES, KEPT
 from multihead.transformer.config import TransformerConfig
@@ -66,9 +66,9 @@ class TextToSpeech(Task):
     }  # fmt: skip
 
     class Options(base.Options):
-        units: Literal["char", "pinyin"] = "char"
-        """What is read. char: characters; pinyin: Mandarin syllables with tones, of Chinese text.
-        读取的单位。char：字符；pinyin：由中文得到的带声调拼音。"""
+        units: Literal["auto", "char", "pinyin"] = "auto"
+        """What is read. char: characters; pinyin: Mandarin syllables with tones; auto: pinyin of Chinese, else char.
+        读取的单位。char：字符；pinyin：带声调的拼音；auto：中文用 pinyin，其余用 char。"""
         suffix: str | None = None
         """A column that is joined to the end of every text, such as the tone beside a syllable.
         接在每条文本末尾的列，例如音节旁边的声调。"""
@@ -184,14 +184,16 @@ class TextToSpeech(Task):
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
         self.reading.save(folder)
-        write_json(folder / "voices.json", {"voices": self.voices, "longest": self.reading.longest})
+        about = {"voices": self.voices, "units": self.reading.kind, "longest": self.reading.longest}
+        write_json(folder / "voices.json", about)
 
     def load(self, folder: Path) -> None:
         self.codec = VoiceCodec.load(folder)
         try:
             about = json.loads((folder / "voices.json").read_text("utf-8"))
             self.voices = [str(name) for name in about["voices"]]
-            self.reading = Reading.load(folder, self.options.units, int(about["longest"]))
+            kind: Units = "pinyin" if about["units"] == "pinyin" else "char"
+            self.reading = Reading.load(folder, kind, int(about["longest"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(tr(f"this codec cannot be read ({error}); prepare the run again",
                                f"编码器无法读取（{error}）；请重新准备"), str(folder / "voices.json")) from None
