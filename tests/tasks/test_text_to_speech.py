@@ -23,6 +23,7 @@ from multihead.tasks.speech._reading import Reading, plain, sentences
 from multihead.tasks.speech._synthesiser import whole_frames
 from multihead.tasks.speech.text_to_speech import TextToSpeech
 from multihead.train import train
+from multihead.transformer.config import TransformerConfig
 
 TONES = {"a": 400, "b": 1000, "c": 2200}
 PARTS = {"high": 1.3, "low": 1.0}
@@ -179,14 +180,38 @@ def test_recordings_are_written_where_the_command_says(run: Any, tmp_path: Path,
 def test_seeds_matter_to_a_flow_alone(kind: Any) -> None:
     task = TextToSpeech(TextToSpeech.Options(decoder=kind, mels=20, text_layers=1, steps=2, max_seconds=5))
     task.fit(rows(6))
-    from multihead.transformer.config import TransformerConfig
-
     torch.manual_seed(0)
     model = task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval()
     batch = task.collate([encode(task, {"text": "abc"})])
     with torch.no_grad():
         one, again, other = (task.predict(model, batch, {"seed": seed})[0]["audio"] for seed in (1, 1, 2))
     assert one == again and (one != other) == (kind == "flow")
+
+
+def test_a_recogniser_of_ones_own_writes_down_what_is_said(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("jiwer")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(30)), "utf-8")
+    recipe = {
+        "task": "speech-recognition", "name": "heard", "data": {"train": str(tmp_path / "rows.jsonl")},
+        "options": {"mels": 20, "channels": 4, "decoder_layers": 0, "max_seconds": 5, "chunk": 5},
+        "model": {"d_model": 16, "num_layers": 1, "num_heads": 2},
+        "train": {"steps": 2, "batch_size": 8, "threads": 1, "precision": "float32"}, "evaluate": {"bootstrap": 20},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    train(tmp_path / "recipe.yaml", run=tmp_path / "heard", progress=False)
+    task = TextToSpeech(TextToSpeech.Options(mels=20, text_layers=1, max_seconds=5, recogniser=str(tmp_path / "heard")))
+    task.fit(rows(4))
+    model = task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval()
+    with torch.no_grad():
+        answers = task.predict(model, task.collate([task.encode(row) for row in rows(4)]), {"evaluate": True})
+    assert all(isinstance(answer["heard"], str) for answer in answers)
+    perfect = [{**answer, "heard": row["text"]} for answer, row in zip(answers, rows(4), strict=True)]
+    assert task.score(perfect, rows(4))["heard_cer"] == 0
+    perfect[0]["heard"] = ""
+    count = sum(len(row["text"]) for row in rows(4))
+    assert task.score(perfect, rows(4))["heard_cer"] == pytest.approx(len(rows(4)[0]["text"]) / count)
+    with pytest.raises(UserError, match="must be one of speech-recognition"):
+        TextToSpeech(TextToSpeech.Options(recogniser=str(run.path))).fit(rows(4))
 
 
 def test_what_cannot_be_learned_from_is_named() -> None:
@@ -235,3 +260,14 @@ def test_what_cannot_be_said_is_refused_by_name(api: Any, wish: dict, said: str)
     with pytest.raises(openai.APIStatusError, match=said) as refused:
         api.audio.speech.create(**{"model": "tones", "input": "abc", "voice": "low", **wish})
     assert refused.value.status_code == 422
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"[]", b'"abc"', b"{", b"\xff\xfe", b'{"input": 5}', b'{"input": null}', b'{"input": "\\ud800"}',
+    b'{"input": "abc", "speed": NaN}', b'{"input": "abc", "speed": 1e999}', b'{"input": "abc", "seed": -1}',
+    b'{"input": "abc", "seed": 1e30}', b'{"input": "abc", "voice": ["low"]}', b'{"input": "abc", "model": "\\u0000"}',
+    b'{"input": "\\u0000\\u0001\\u202e"}', b'{"input": "abc", "response_format": "../wav"}',
+])  # fmt: skip
+def test_bodies_made_to_do_harm_are_refused(api: Any, body: bytes) -> None:
+    reply = api._client.post("/v1/audio/speech", content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= reply.status_code < 500 and reply.json()["error"]["message"], reply.text
