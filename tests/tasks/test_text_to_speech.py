@@ -126,6 +126,8 @@ def test_texts_are_read_in_one_form_and_cut_at_sentences() -> None:
     assert sentences(text, 30)[0] == "One two. Three," and sentences(text, 30)[-1] == "Nine."
     assert all(len(piece) <= 20 for piece in sentences(text, 20))
     assert "".join(sentences(text, 20)).replace(" ", "") == text.replace(" ", "")
+    assert sentences("It is 3.5 degrees. No more.", 20) == ["It is 3.5 degrees.", "No more."]
+    assert sentences("你好,世界。再见!明天见。", 6) == ["你好,世界。", "再见!", "明天见。"]
 
 
 def test_chinese_is_read_as_pinyin_with_its_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +17,9 @@ from multihead.errors import UserError, tr
 
 Units = Literal["char", "pinyin"]
 _HAN = re.compile(f"[{HAN}]")
-_SENTENCE = re.compile(r"(?<=[.!?;。！？；])\s*")
-_CLAUSE = re.compile(r"(?<=[,:，：、])\s*")
+# "3.5" is one number: a sign ends a sentence before a blank or a Chinese character.
+_SENTENCE = re.compile(f"(?<=[.!?;])(?:\\s+|(?=[{HAN}]))|(?<=。)\\s*")
+_CLAUSE = re.compile(f"(?<=[,:])(?:\\s+|(?=[{HAN}]))|(?<=、)\\s*")
 _SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
 
 
@@ -29,14 +31,15 @@ def plain(text: str) -> str:
 
 
 def sentences(text: str, longest: int) -> list[str]:
-    """A text in pieces of at most `longest` characters: at the ends of sentences, else of clauses, else anywhere."""
+    """A text in pieces of at most `longest` characters: at the ends of sentences, else of clauses, else of
+    words, else anywhere."""
     found: list[str] = []
     for sentence in filter(None, _SENTENCE.split(text)):
         if len(sentence) <= longest:
             found.append(sentence)
             continue
         for clause in filter(None, _CLAUSE.split(sentence)):
-            found += [clause[i : i + longest] for i in range(0, len(clause), longest)]
+            found += textwrap.wrap(clause, longest, break_on_hyphens=False)
     joined: list[str] = []
     for piece in found:
         if joined and len(joined[-1]) + len(piece) < longest:

@@ -94,8 +94,8 @@ class TextToSpeech(Task):
         """Deviation of the noise that a voice starts from (flow): less is steadier, more is livelier.
         起始噪声的标准差（flow）：越小越稳，越大越有变化。"""
         max_seconds: float = Field(20.0, ge=0.5, le=60)
-        """Longer recordings are left out of training.
-        更长的录音不用于训练。"""
+        """Longer recordings are left out.
+        更长的录音不使用。"""
         max_characters: int = Field(1000, ge=10, le=4096)
         """Longest text that is read aloud; one longer than those learned from is read sentence by sentence.
         可朗读的最长文本；比训练文本更长的，逐句朗读。"""
@@ -162,7 +162,7 @@ class TextToSpeech(Task):
 
     def check(self, row: dict[str, Any], part: str) -> None:
         example = self.encode(row)
-        spoken.refuse_unfit(example["ids"], len(example["mel"]), self.options.max_seconds if part == "train" else 60.0)
+        spoken.refuse_unfit(example["ids"], len(example["mel"]), self.options.max_seconds)
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
         if len(row["audio"]) <= KEPT:
@@ -297,7 +297,7 @@ class TextToSpeech(Task):
         """Frames (T, M) of one text, sentence by sentence."""
         found = []
         for number, part in enumerate(self.reading.parts(ids.cpu().numpy())):
-            ids_1S = torch.from_numpy(part).long().to(ids.device)[None]
+            ids_1S = torch.from_numpy(part[: model.config.max_length]).long().to(ids.device)[None]
             said = model.read(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), voice_1)
             durations_1S = whole_frames(said.log_durations[0], speed)[None]
             found.append(self._frames(model, said, durations_1S, seed + number, steps))
