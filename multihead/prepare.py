@@ -324,6 +324,8 @@ def claim(folder: RunFolder, recipe: Recipe) -> bool:
                            "add --restart to remove this run and begin anew",
                            f"{fault.message}。本次训练的配方已损坏：请用 --run 另选文件夹，"
                            "或加 --restart 删除旧的训练并重新开始"), fault.where) from None
+    with contextlib.suppress(UserError):  # keys that are younger than the run have had their default all the time
+        then = recipes.load(folder.file(RECIPE), find=find, settled=True).plain()
     changed = [d for d in differences(then, recipe.plain()) if not d.startswith(MAY_CHANGE)]
     if changed and _trained(folder):
         raise UserError(

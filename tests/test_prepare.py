@@ -440,6 +440,10 @@ def test_a_run_of_another_recipe_is_not_touched(project: Path) -> None:
         prepare.run_step(project / "r.yaml", ["seed=1", "train.lr=0.5", "serve.port=1"], run=run)
     assert tree(run) == before
     prepare.run_step(project / "r.yaml", ["serve.port=1", "train.keep=7"], run=run)
+    told = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(told.replace("  drop_path: 0.0\n", ""))  # the run is older than that key
+    assert "drop_path" in told
+    prepare.run_step(project / "r.yaml", run=run)
     (run / "recipe.yaml").write_text("{")
     with pytest.raises(UserError, match=r"recipe\.yaml:1: .*damaged.*--restart"):
         prepare.run_step(project / "r.yaml", run=run)
