@@ -166,7 +166,8 @@ def predict_file(
 def predict_pictures(
     run: Any, inputs: Sequence[str], ask: Mapping[str, Any] | None = None, progress: bool = True
 ) -> Iterator[tuple[str, Answer]]:
-    """(place, answer) of every picture or recording that `inputs` name: files, folders and globs, also archives and tables of them.
+    """(place, answer) of every picture, clip or recording that `inputs` name: files, folders and globs, also archives
+    and tables of them.
 
     Raises:
         UserError: with the place of every picture that cannot be read, before the first answer is made.

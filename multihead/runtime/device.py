@@ -30,7 +30,11 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # What each extra is for, and the modules by which we see that it is there.
 EXTRAS = {
     "data": ("pyarrow",),
-    "vision": ("PIL",),
+    "vision": ("PIL", "av"),
+    "recommend": ("faiss",),
+    "speech": ("soundfile", "soxr", "av", "pypinyin", "cn2an", "jiwer"),
+    "translation": ("sacrebleu",),
+    "zh": ("jieba", "opencc"),
     "eval": ("jinja2",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "limits"),
     "log": ("tensorboard",),
