@@ -84,9 +84,9 @@ class TextToSpeech(Task):
         group: int = Field(2, ge=1, le=8)
         """Frames (12.5 ms) that lie side by side in one vector; more are faster and coarser.
         一个向量里并排的帧数（每帧 12.5 毫秒）；越多越快，也越粗。"""
-        decoder: Literal["flow", "regression"] = "flow"
-        """How frames are made. flow: out of noise, by flow matching; regression: in one go.
-        如何生成频谱。flow：由噪声出发，用流匹配；regression：一步得到。"""
+        decoder: Literal["flow", "regression"] = "regression"
+        """How frames are made. regression: in one go; flow: out of noise, by flow matching.
+        如何生成频谱。regression：一步得到；flow：由噪声出发，用流匹配。"""
         steps: int = Field(8, ge=1, le=flow.MOST_STEPS)
         """Steps from noise to frames (flow).
         从噪声到频谱的步数（flow）。"""
