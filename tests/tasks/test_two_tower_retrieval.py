@@ -21,7 +21,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError
 from multihead.run import RunFolder
 from multihead.tasks.recommendation._nearest import Index, recall
-from multihead.tasks.recommendation._towers import TwoTower
+from multihead.tasks.recommendation._towers import TwoTower, tastes
 from multihead.tasks.recommendation.two_tower_retrieval import TwoTowerRetrieval
 from multihead.train import train
 from multihead.transformer.config import TransformerConfig
@@ -119,7 +119,7 @@ def test_an_unknown_row_of_a_side_knows_nothing() -> None:
 
 @pytest.mark.parametrize("options, words", [
     ({"items": None}, "options.items"), ({"users": None}, "options.users"), ({"features": ["brnd"]}, "'brnd'"),
-    ({"max_items": 40}, "max_length 32"),
+    ({"max_items": 40}, "max_length 32"), ({"fields": {"gendre": "multi"}}, "'gendre'.*'genres'"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -248,6 +248,31 @@ def test_an_answer_is_the_product_of_the_two_vectors(tmp_path: Path) -> None:
     assert ids(best) == sorted(cosines, key=lambda name: -cosines[name])
     with pytest.raises(UserError, match="no item i99"):
         model.embed_item(["i1", "i99"])
+
+
+def test_tastes_are_the_right_singular_vectors_of_what_users_chose() -> None:
+    torch.manual_seed(0)
+    chosen = torch.rand(30, 12) < 0.3
+    chosen[:, 11] = False
+    user, item = chosen.nonzero().T
+    weighed = chosen / chosen.sum(1, keepdim=True).clamp(min=1) ** 0.5 / chosen.sum(0).clamp(min=1) ** 0.25
+    exact = F.normalize(torch.linalg.svd(weighed)[2][:4].T, dim=1)[:11]
+    found = tastes(torch.cat((user, user[:5])), torch.cat((item, item[:5])), 12, 4)  # what is chosen twice counts once
+    torch.testing.assert_close(found[:11] @ found[:11].T, exact @ exact.T, atol=1e-3, rtol=0)
+    assert not found[11].any()
+    assert tastes(torch.tensor([0, 1]), torch.tensor([0, 1]), 3, 4)[:, 2:].abs().max() == 0  # there are but two
+
+
+def test_tastes_stand_in_both_vectors_and_are_kept(tmp_path: Path) -> None:
+    made, folder = prepared(tmp_path, {"tastes": 4})
+    model = model_of(made)
+    users, items = model.embed_user([{"history": ["i1", "i2"]}, {"history": ["i3"]}]), model.embed_item(["i1", "i11"])
+    assert users.shape == items.shape == (2, TINY["d_model"] + 4)
+    torch.testing.assert_close(torch.cat((users, items)).norm(dim=1), torch.ones(4))
+    assert made.taste is not None and torch.equal(model.taste_IR[-1], torch.zeros(4))  # of an item nobody chose
+    again = TwoTowerRetrieval(made.options)
+    again.load(folder.file("codec"))
+    torch.testing.assert_close(model_of(again).embed_user([{"history": ["i1", "i2"]}])[0], users[0])
 
 
 def test_vectors_follow_the_weights(tmp_path: Path) -> None:
