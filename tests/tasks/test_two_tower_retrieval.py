@@ -322,7 +322,7 @@ def test_a_pattern_is_learned_told_and_served(tmp_path: Path) -> None:
     for u in range(60):
         liked = rng.permutation(5)[:4] * 2 + u % 2
         lines += "".join(f"u{u},i{i},{t}\n" for t, i in enumerate(liked))
-    path = written(tmp_path, {"user_features": ["gender"], "fields": {"title": "ignore"}, "features": ["genres"]},
+    path = written(tmp_path, {"user_features": ["gender"], "features": ["genres"]},
                    train={"steps": 120, "batch_size": 32, "lr": 0.01, "threads": 1, "precision": "float32"},
                    evaluate={"bootstrap": 10})  # fmt: skip
     (tmp_path / "log.csv").write_text(lines)
