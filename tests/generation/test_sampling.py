@@ -42,7 +42,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float)
     inside = share[kept]
     assert inside.sum() >= p - 1e-5
     assert inside.sum() - inside.min() < p + 1e-5
-    assert not (~kept).any() or share[~kept].max() <= inside.min() + 1e-9
+    # The sampler adds up in float32: scores closer together than its rounding are one to it.
+    assert not (~kept).any() or share[~kept].max() <= inside.min() + 1e-6
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 9.0])
