@@ -80,6 +80,7 @@ class Trainer:
         self.recipe, self.settings, self.task, self.folder = recipe, recipe.train, task, folder
         self.caught = [] if caught is None else caught
         self.device = device.choose_device(recipe.train.device)
+        device.keep_memory()
         self.precision = device.choose_precision(recipe.train.precision, self.device)
         self.examples = task.examples(Store(folder.file("data/train")), "train")
         self.valid = task.examples(Store(folder.file("data/valid")), "valid") if self._has("valid") else None

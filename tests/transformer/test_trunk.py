@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.dropout import drop_path
 from multihead.transformer.inputs import sinusoids
-from multihead.transformer.trunk import Attention, Trunk, make_norm, plain_attention, rotary_table, rotate
+from multihead.transformer.trunk import Attention, ReluSquared, Trunk, make_norm, plain_attention, rotary_table, rotate
 
 D, HEADS, FF = 32, 4, 48
 
@@ -231,3 +232,11 @@ def test_a_fresh_conditioned_trunk_passes_on_nearly_what_it_was_given() -> None:
     trunk = Trunk(TransformerConfig(d_model=32, num_layers=4, num_heads=2), conditioned=True)
     x = torch.randn(2, 7, 32)
     torch.testing.assert_close(trunk(x, condition=torch.randn(2, 32)), trunk.norm(x), rtol=0.1, atol=0.1)
+
+
+def test_relu_squared_is_the_square_of_relu():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(ReluSquared.apply(x), F.relu(x).square())
+    assert torch.autograd.gradcheck(ReluSquared.apply, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ReluSquared.apply(x.detach().bfloat16()).dtype == torch.bfloat16
