@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multihead.codec.activity import active, joined, stretches
 from multihead.codec.audio import LONGEST, RATE, decoded, filter_bank
 from multihead.codec.audio import _needed as needed
 from multihead.data.audio import from_uri
@@ -33,8 +34,8 @@ LOUDNESS = 0.1
 """Root mean square of the loud frames of a recording, of 1: −20 dB."""
 QUIET = 1e-3
 """Least amplitude in a band that is told apart: 80 dB and more below that of loud vowels."""
-EDGE = 4
-"""Frames of silence that are left at both ends."""
+BURST, EDGE = 4, 4
+"""Frames: a shorter sound is no voice; so many of silence are left around what is."""
 Format = Literal["wav", "flac", "mp3", "opus"]
 KINDS = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg"}
 _FORMS = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III"), "opus": ("OGG", "OPUS")}
@@ -107,12 +108,11 @@ def levelled(samples: np.ndarray) -> np.ndarray:
     return x_N * (LOUDNESS / max(loud, 1e-5))
 
 
-def trimmed(mel_TM: np.ndarray, below: float) -> np.ndarray:
-    """The frames from the first to the last that is not `below` decibels quieter than the loudest, `EDGE` more at both
-    ends."""
-    power_T = np.log(np.exp(2 * mel_TM.astype(np.float64)).sum(1))
-    loud = np.flatnonzero(power_T > power_T.max() - below * np.log(10) / 10)
-    return mel_TM[max(0, loud[0] - EDGE) : loud[-1] + 1 + EDGE]
+def trimmed(mel_TM: np.ndarray, below: float, pause: float = 0.0) -> np.ndarray:
+    """The frames from the first voice to the last, see `codec.activity`; silences between longer than `pause` seconds
+    are shortened to it, 0: none is."""
+    level_T = (10 * np.log10(np.exp(2 * mel_TM.astype(np.float64)).sum(1))).astype(np.float32)
+    return joined(mel_TM, stretches(active(level_T, below, BURST, EDGE), round(pause * RATE / HOP)))
 
 
 class VoiceCodec:
@@ -120,20 +120,22 @@ class VoiceCodec:
 
     Args:
         trim: decibels below the loudest frame that count as silence at the ends; 0: nothing is cut.
+        pause: seconds to which longer silences between are cut; 0: they stay.
     """
 
-    def __init__(self, mels: int, trim: float, mean: Iterable[float], std: Iterable[float]) -> None:
-        self.mels, self.trim = mels, trim
+    def __init__(self, mels: int, trim: float, mean: Iterable[float], std: Iterable[float], pause: float = 0.0) -> None:
+        self.mels, self.trim, self.pause = mels, trim, pause
         self.mean, self.std = np.asarray(list(mean), np.float32), np.asarray(list(std), np.float32)
 
     @classmethod
-    def fit(cls, recordings: Iterable[str], mels: int = 80, trim: float = 40.0, most: float = 3600.0) -> VoiceCodec:
+    def fit(cls, recordings: Iterable[str], mels: int = 80, trim: float = 40.0, pause: float = 0.0,
+            most: float = 3600.0) -> VoiceCodec:
         """Learn from at most `most` seconds. Damaged recordings are passed over.
 
         Raises:
             UserError: no recording that can be decoded.
         """
-        plain = cls(mels, trim, np.zeros(mels), np.ones(mels))
+        plain = cls(mels, trim, np.zeros(mels), np.ones(mels), pause)
         total, squares, count = np.zeros(mels), np.zeros(mels), 0
         fault: UserError | None = None
         for recording in recordings:
@@ -149,7 +151,7 @@ class VoiceCodec:
             raise fault or UserError(tr("there is no recording in the training data", "训练数据里没有录音"))
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 1e-2))
-        return cls(mels, trim, np.round(mean, 5), np.round(std, 5))
+        return cls(mels, trim, np.round(mean, 5), np.round(std, 5), pause)
 
     def encode(self, recording: str, longest: float = LONGEST) -> np.ndarray:
         """A data URI → frames (T, M) float16. UserError as `codec.audio.decoded`."""
@@ -159,7 +161,7 @@ class VoiceCodec:
         """(N,) int16 at 16 kHz → frames (T, M) float16."""
         mel_TM = log_mel(levelled(samples), self.mels)
         if self.trim:
-            mel_TM = trimmed(mel_TM, self.trim)
+            mel_TM = trimmed(mel_TM, self.trim, self.pause)
         return ((mel_TM - self.mean) / self.std).astype(np.float16)
 
     def log_mel(self, frames_TM: np.ndarray) -> np.ndarray:
@@ -177,7 +179,8 @@ class VoiceCodec:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``voice.json`` into `folder`."""
         about = {"rate": RATE, "hop": HOP, "window": WINDOW, "fft": FFT, "mels": self.mels, "trim": self.trim,
-                 "mean": [round(float(v), 5) for v in self.mean], "std": [round(float(v), 5) for v in self.std]}
+                 "pause": self.pause, "mean": [round(float(v), 5) for v in self.mean],
+                 "std": [round(float(v), 5) for v in self.std]}
         write_json(Path(folder) / FILE, about)
 
     @classmethod
@@ -186,7 +189,8 @@ class VoiceCodec:
         path = Path(folder) / FILE
         try:
             about = json.loads(path.read_text("utf-8"))
-            codec = cls(int(about["mels"]), float(about["trim"]), about["mean"], about["std"])
+            codec = cls(int(about["mels"]), float(about["trim"]), about["mean"], about["std"],
+                        float(about.get("pause", 0.0)))
             if len(codec.mean) != codec.mels or len(codec.std) != codec.mels or about["hop"] != HOP:
                 raise ValueError("sizes")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -180,3 +180,21 @@ def test_requests_take_files_bytes_and_samples_but_no_paths_as_texts(tmp_path: P
     assert uri == task.request(sound())["audio"] == task.request({"audio": uri})["audio"]
     assert task.request((np.zeros(800, np.float32), 16000))["audio"].startswith("data:audio/wav")
     assert task.request(str(tmp_path / "a.wav"))["audio"] == str(tmp_path / "a.wav")
+
+
+@torch.no_grad()
+def test_silence_is_cut_and_times_are_those_of_the_whole(model):
+    plain, made = model
+    task = SpeechRecognition(plain.options.model_copy(update={"trim": 40.0, "pause": 0.2}))
+    task.codec, task.units = plain.codec, plain.units
+    rng = np.random.default_rng(2)
+    loud, hush = rng.normal(0, 6000, 8000).astype(np.int16), rng.normal(0, 3, 16000).astype(np.int16)
+    whole = np.concatenate((hush, loud, hush, loud, hush))
+    example = task.encode({"audio": task.request((whole, 16000))["audio"]})
+    assert int(example["whole"]) == len(whole) and abs(len(example["audio"]) - (16000 + 3200 + 4 * 2400)) <= 320
+    answer, = task.predict(made, task.collate([example]), {"timestamps": True, "decoding": "ctc"})
+    assert answer["seconds"] == 4.0 and answer["words"]
+    assert all(0.8 <= w["start"] <= w["end"] <= 3.2 for w in answer["words"])
+    words = [{"start": 0.0, "end": 0.65}, {"start": 0.8, "end": 1.0}]
+    told.put_back(words, np.array([[16000, 28000], [40000, 52000]]))
+    assert words == [{"start": 1.0, "end": 1.65}, {"start": 2.55, "end": 2.75}]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from multihead.codec import activity
 from multihead.codec.audio import RATE, wav
 from multihead.codec.text import TextCodec
 from multihead.codec.transcript import PinyinCodec, words
@@ -73,6 +74,8 @@ def described(store: Store) -> dict[str, Any]:
                 found[name].append(i)
     issues = {name: len(rows) for name, rows in found.items() if rows}
     report: dict[str, Any] = {"hours": round(int(store.lengths("audio").sum()) / RATE / 3600, 4)}
+    if "whole" in store[0]:
+        report["hours_cut"] = round(int(store.stream("whole").sum()) / RATE / 3600 - report["hours"], 4)
     if len(rates) > 1:
         report["rates"] = {str(rate): count for rate, count in sorted(rates.items())}
     if issues:
@@ -132,6 +135,14 @@ def timed(units: TextCodec | PinyinCodec, logp_SV: np.ndarray, ids: Sequence[int
         fresh = piece[-1].isspace()
     return [{**{k: v for k, v in one.items() if k != "tokens"}, "confidence": round(one["confidence"], 4)}
             for one in found]
+
+
+def put_back(words: Sequence[dict[str, Any]], voiced_K2: np.ndarray) -> None:
+    """Times in a recording whose silences were cut → times in the whole."""
+    for word in words:
+        for name in ("start", "end"):
+            place = activity.original(np.array(word[name] * RATE), voiced_K2, ends=name == "end")
+            word[name] = round(float(place) / RATE, 2)
 
 
 def figures(rates: ErrorRates, answers: Sequence[Answer], rows: Sequence[dict[str, Any]],

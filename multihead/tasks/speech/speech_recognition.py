@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from multihead import task as base
+from multihead.codec import activity
 from multihead.codec import audio as sound
 from multihead.codec.audio import RATE, AudioCodec
 from multihead.codec.text import TextCodec
@@ -73,6 +74,13 @@ class SpeechRecognition(Task):
         suffix: str | None = None
         """A column that is joined to the end of every text, such as the tone beside a syllable.
         接在每条文本末尾的列，例如音节旁边的声调。"""
+        trim: float = Field(0.0, ge=0, le=100)
+        """What is so many decibels below the loudest, or hardly above the noise, counts as silence at the ends, and is
+        cut before anything is read; 40 is usual; 0: nothing is.
+        首尾比最响处低这么多分贝、或几乎不高于噪声的部分视为静音，识别前先切除；通常取 40；0 表示不切。"""
+        pause: float = Field(0.0, ge=0, le=60)
+        """Pauses within a recording are cut to so many seconds (with trim); 0: they stay.
+        录音中间的停顿缩短到这么多秒（需 trim）；0 表示不动。"""
         mels: int = Field(80, ge=16, le=128)
         """Bands of the spectrogram.
         频谱的频带数。"""
@@ -149,11 +157,16 @@ class SpeechRecognition(Task):
         return plain(text) if self.options.plain_text else text.strip()
 
     def encode(self, row: dict[str, Any]) -> Example:
-        """``audio``: (N,) int16 at 16 kHz; ``rate``: what it had; ``target``: (L,) ids of the text."""
+        """``audio``: (N,) int16 at 16 kHz; ``rate``: what it had; ``target``: (L,) ids of the text; with the option
+        `trim` also ``voiced``: (K, 2), which samples were kept, and ``whole``: of how many."""
         if self._decoded is None or self._decoded[0] is not row["audio"]:  # `check` has just asked
             self._decoded = (row["audio"], *self.codec.encode(row["audio"]))
         _, samples, rate = self._decoded
         example = {"audio": samples, "rate": np.array(rate, dtype=np.int32)}
+        if self.options.trim:
+            voiced = activity.spoken(samples, self.options.trim, self.options.pause)
+            example |= {"audio": activity.joined(samples, voiced), "voiced": voiced,
+                        "whole": np.array(len(samples), dtype=np.int64)}
         if row.get("text") is not None:
             example["target"] = self.units.encode(self.text_of(row)).astype(np.int32)
         return example
@@ -244,12 +257,15 @@ class SpeechRecognition(Task):
         lengths_B = batch["audio_lengths"]
         found = heard(model, batch["audio"], lengths_B, self.options.chunk, self.options.overlap)
         answers = []
-        for (logp_SV, memory_1SD), samples in zip(found, lengths_B.tolist(), strict=True):
+        whole_B = batch.get("whole", lengths_B).tolist()
+        for i, (logp_SV, memory_1SD) in enumerate(found):
             reading = self._read(model, logp_SV, memory_1SD, wishes)
-            answer = {"text": self.units.decode(reading.ids).strip(), "seconds": round(samples / RATE, 3),
+            answer = {"text": self.units.decode(reading.ids).strip(), "seconds": round(whole_B[i] / RATE, 3),
                       "score": round(reading.score / (len(reading.ids) + 1), 5)}
             if wishes["timestamps"]:
-                answer["words"] = told.timed(self.units, logp_SV, reading.ids, samples / RATE)
+                answer["words"] = told.timed(self.units, logp_SV, reading.ids, float(lengths_B[i]) / RATE)
+                if "voiced" in batch:
+                    told.put_back(answer["words"], batch["voiced"][i, : int(batch["voiced_lengths"][i])].cpu().numpy())
             answers.append(answer)
         return answers
 

@@ -78,6 +78,9 @@ class TextToSpeech(Task):
         trim: float = Field(40.0, ge=0, le=100)
         """What is so many decibels below the loudest counts as silence at the ends, and is cut; 0: nothing is.
         首尾比最响处低这么多分贝的部分视为静音并切除；0 表示不切。"""
+        pause: float = Field(0.0, ge=0, le=60)
+        """Pauses within a recording are cut to so many seconds (with trim); 0: they stay.
+        录音中间的停顿缩短到这么多秒（需 trim）；0 表示不动。"""
         text_layers: int = Field(4, ge=1, le=24)
         """Blocks of the Transformer that reads; model.num_layers are those of the one that speaks.
         阅读文本的层数；model.num_layers 是发声部分的层数。"""
@@ -123,7 +126,8 @@ class TextToSpeech(Task):
         counts = Counter(str(row["speaker"]) for row in rows if row.get("speaker") is not None)
         self.voices = sorted(counts, key=lambda name: (-counts[name], name)) or [""]
         self.reading = Reading.fit(_Texts(self, rows), self.options.units)
-        self.codec = VoiceCodec.fit((row["audio"] for row in rows), self.options.mels, self.options.trim)
+        o = self.options
+        self.codec = VoiceCodec.fit((row["audio"] for row in rows), o.mels, o.trim, o.pause)
 
     def _recogniser(self) -> Any:
         if self._judge is None and self.options.recogniser:
