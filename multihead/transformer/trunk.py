@@ -388,6 +388,7 @@ class Trunk(nn.Module):
             condition: (B, D), what the whole of each example is told (a time, a class); where it is `conditioned`.
         """
         T = x_BTD.shape[1]
+        x_BTD = x_BTD.contiguous()  # from convolutions it comes channels first, and so would all that is added to it
         step = cache.plan(T, x_BTD, self.config.kv_heads, self.config.head_size) if cache is not None else None
         if step is not None:
             positions = step.positions_BT if positions is None else positions
