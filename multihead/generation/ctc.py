@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from multihead.generation.fusion import Fusion
 from multihead.transformer.cache import Cache
 
 BLANK = 0
+WIDER = 4
+"""So many times the beam are shown to a language model, the likeliest by what is known before it speaks."""
 NEVER = -1e30
 Scores = np.ndarray
 
@@ -36,15 +39,18 @@ def best_path(logp_TV: Scores) -> Reading:
     return Reading(path_T[new_T].tolist(), float(logp_TV.max(1).sum()))
 
 
-def prefix_beam(logp_TV: Scores, beam: int = 8, width: int = 16, sure: float = 1e-4) -> list[Reading]:
+def prefix_beam(logp_TV: Scores, beam: int = 8, width: int = 16, sure: float = 1e-4, fusion: Fusion | None = None
+                ) -> list[Reading]:
     """The likeliest texts, each the sum over all its paths (Graves 2008, section 7.5.3; Hannun et al. 2014, algorithm
     1).
 
     Args:
         beam: prefixes kept at every frame.
         width: tokens looked at in every frame, and `sure`: none less likely than this.
+        fusion: adds a language model's say to the log-probability of each text.
     """
     beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, NEVER)}  # prefix → ends in blank, ends in token
+    judged: dict[tuple[int, ...], float] = {(): 0.0}
     width = min(width, logp_TV.shape[1])
     least = np.log(sure)
     for logp_V in logp_TV.astype(np.float64):
@@ -61,9 +67,25 @@ def prefix_beam(logp_TV: Scores, beam: int = 8, width: int = 16, sure: float = 1
             for token, logp in tokens:
                 longer = found.setdefault((*prefix, token), [NEVER, NEVER])
                 longer[1] = _add(longer[1], (in_blank if prefix and prefix[-1] == token else both) + logp)
-        ranked = sorted(found.items(), key=lambda one: (-_add(*one[1]), one[0]))[:beam]
-        beams = {prefix: (a, b) for prefix, (a, b) in ranked}
-    return [Reading(list(prefix), _add(a, b)) for prefix, (a, b) in beams.items()]
+        beams = _best(found, beam, judged, fusion)
+    if fusion is not None:
+        judged = dict(zip(beams, fusion.scores(list(beams), whole=True).tolist(), strict=True))
+    readings = [Reading(list(prefix), _add(a, b) + judged.get(prefix, 0.0)) for prefix, (a, b) in beams.items()]
+    return readings if fusion is None else sorted(readings, key=lambda one: -one.score)
+
+
+def _best(found: dict[tuple[int, ...], list[float]], beam: int, judged: dict[tuple[int, ...], float],
+          fusion: Fusion | None) -> dict[tuple[int, ...], tuple[float, float]]:
+    """The `beam` likeliest prefixes; `judged` (prefix → the language model's say) learns of new ones."""
+    total = {prefix: _add(*both) for prefix, both in found.items()}
+    if fusion is not None:
+        hoped = {prefix: judged.get(prefix, judged.get(prefix[:-1], 0.0)) for prefix in total}
+        shown = sorted(total, key=lambda prefix: (-total[prefix] - hoped[prefix], prefix))[: WIDER * beam]
+        fresh = [prefix for prefix in shown if prefix not in judged]
+        judged |= zip(fresh, fusion.scores(fresh).tolist(), strict=True)
+        total = {prefix: total[prefix] + judged[prefix] for prefix in shown}
+    ranked = sorted(total, key=lambda prefix: (-total[prefix], prefix))[:beam]
+    return {prefix: (found[prefix][0], found[prefix][1]) for prefix in ranked}
 
 
 def _add(a: float, b: float) -> float:
@@ -162,12 +184,14 @@ class _Alive:
     heard_K: Scores
     """Log-probability of each by the decoder."""
     state_KT2: Scores
+    judged_K: Scores
+    """What a language model adds to each; 0 without one."""
 
 
 @torch.no_grad()
 def joint_search(
     model: Any, state: Cache, logits_1V: torch.Tensor, logp_TV: Scores, eos: int, beam: int = 8, weight: float = 0.3,
-    limit: int = 200, never: tuple[int, ...] = (BLANK,),
+    limit: int = 200, never: tuple[int, ...] = (BLANK,), fusion: Fusion | None = None,
 ) -> list[Reading]:
     """The texts that CTC and the attention decoder together find likeliest, the best first (Watanabe et al. 2017,
     section II-C): weight · log P_CTC + (1 − weight) · log P_attention.
@@ -180,14 +204,17 @@ def joint_search(
         model: with ``step(ids, cache)``, begun for this one recording: `state`, `logits_1V`.
         limit: most tokens.
         never: ids that are no part of a text.
+        fusion: adds a language model's say to the score of each text; it too grows with no token more, but for a
+            tokenizer that finds a longer, likelier token for the same characters.
     """
     scorer = PrefixScorer(logp_TV)
-    alive = _Alive([[]], np.zeros(1), scorer.first()[None])
+    alive = _Alive([[]], np.zeros(1), scorer.first()[None], np.zeros(1))
     ended: list[Reading] = []
     logits_KV = logits_1V
     for _ in range(limit + 1):
         logp_KV = logits_KV.float().log_softmax(-1).cpu().numpy().astype(np.float64)
         end_K = (1 - weight) * (alive.heard_K + logp_KV[:, eos]) + weight * scorer.ends(alive.state_KT2)
+        end_K = end_K if fusion is None else end_K + fusion.scores(alive.ids, whole=True)
         ended += [Reading(ids, float(score)) for ids, score in zip(alive.ids, end_K, strict=True)]
         logp_KV[:, [*never, eos]] = NEVER
         C = min(2 * beam, logp_KV.shape[1] - len(never) - 1)
@@ -196,6 +223,12 @@ def joint_search(
         ctc_KC, state_KCT2 = scorer.extended(alive.state_KT2, last_K, token_KC)
         heard_KC = alive.heard_K[:, None] + np.take_along_axis(logp_KV, token_KC, 1)
         score_X = ((1 - weight) * heard_KC + weight * ctc_KC).ravel()
+        judged_X = alive.judged_K.repeat(C)
+        if fusion is not None:
+            shown = np.argsort(-score_X - judged_X, kind="stable")[: WIDER * beam]
+            judged_X[shown] = fusion.scores([[*alive.ids[x // C], int(token_KC.flat[x])] for x in shown])
+            score_X[np.setdiff1d(np.arange(len(score_X)), shown)] = NEVER
+        score_X = score_X + judged_X
         chosen = np.argsort(-score_X, kind="stable")[:beam]
         chosen = chosen[score_X[chosen] > max(max(r.score for r in ended), NEVER / 2)]
         if not len(chosen) or len(alive.ids[0]) >= limit:
@@ -203,7 +236,7 @@ def joint_search(
         row, column = np.divmod(chosen, C)
         token_K = token_KC[row, column]
         alive = _Alive([[*alive.ids[k], int(v)] for k, v in zip(row, token_K, strict=True)], heard_KC[row, column],
-                       state_KCT2[row, column])
+                       state_KCT2[row, column], judged_X[chosen])
         state.reorder(torch.from_numpy(row))
         logits_KV = model.step(torch.from_numpy(token_K).to(logits_KV.device), state)
     return sorted(ended, key=lambda one: -one.score)[:beam]

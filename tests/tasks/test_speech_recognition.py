@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,12 +20,14 @@ from multihead.codec.text import TextCodec
 from multihead.codec.transcript import PinyinCodec
 from multihead.data.rows import open_rows
 from multihead.errors import UserError
+from multihead.generation.ctc import prefix_beam
 from multihead.init import write_recipe
 from multihead.run import RunFolder
 from multihead.task import find
 from multihead.tasks.speech import _report as told
 from multihead.tasks.speech._recogniser import heard
 from multihead.tasks.speech.speech_recognition import SpeechRecognition
+from multihead.train import train
 from multihead.transformer.config import TransformerConfig
 
 COLUMNS = SpeechRecognition.columns
@@ -198,3 +201,61 @@ def test_silence_is_cut_and_times_are_those_of_the_whole(model):
     words = [{"start": 0.0, "end": 0.65}, {"start": 0.8, "end": 1.0}]
     told.put_back(words, np.array([[16000, 28000], [40000, 52000]]))
     assert words == [{"start": 1.0, "end": 1.65}, {"start": 2.55, "end": 2.75}]
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    (folder / "lines.txt").write_text("abcd e\nad ed\nbad cab\n" * 20)
+    (folder / "lm.yaml").write_text(
+        f"task: text-generation\nname: lm\ndata: {{train: {folder / 'lines.txt'}, split: {{valid: 0}}}}\n"
+        "options: {tokenizer: char, context: 16}\nmodel: {d_model: 16, num_layers: 1, num_heads: 2, max_length: 64}\n"
+        "train: {steps: 2, batch_size: 4}\n")
+    return train(folder / "lm.yaml", run=folder / "run", progress=False).path
+
+
+@torch.no_grad()
+def test_a_language_model_is_copied_into_the_run_and_adds_its_say(model, language_model: Path, tmp_path: Path):
+    plain, made = model
+    for i in range(4):
+        (tmp_path / f"{i}.wav").write_bytes(sound(seed=i))
+    (tmp_path / "m.tsv").write_text("audio\ttext\n" + "".join(f"{i}.wav\tabcd e\n" for i in range(4)))
+    moved = tmp_path / "lm"
+    shutil.copytree(language_model, moved)
+    (tmp_path / "r.yaml").write_text(
+        f"task: speech-recognition\nname: r\ndata: {{train: {tmp_path / 'm.tsv'}, split: {{valid: 0, test: 0}}}}\n"
+        f"options: {{mels: 16, language_model: {moved}, decoding: ctc, lm_weight: 0.7}}\n")
+    recipe = recipes.load(tmp_path / "r.yaml", [], find=find)
+    task = prepare.make_task(recipe, tmp_path)
+    prepare.prepare(recipe, task, RunFolder.create(tmp_path / "run"))
+    shutil.rmtree(moved)  # the run holds a copy
+    again = SpeechRecognition(recipe.options)
+    again.load(tmp_path / "run" / "codec")
+    assert again.language is not None and again.units.vocab_size == plain.units.vocab_size
+    samples = torch.from_numpy(np.random.default_rng(1).normal(0, 3000, 12000).astype(np.int16))[None]
+    batch = {"audio": samples, "audio_lengths": torch.tensor([12000])}
+    (logp, _), = heard(made, samples, torch.tensor([12000]), 4, 1)
+    logp[:, [1, 2, 3]] = -1e9
+    texts = {plain.units.decode(r.ids): r.score for r in prefix_beam(logp, beam=64)}
+    says = dict(zip(texts, again.language.texts([text.strip() for text in texts]), strict=True))
+    for weight in (0.7, 3.0):
+        answer, = again.predict(made, batch, {"lm_weight": weight, "beam": 64})
+        best = max(texts, key=lambda text: texts[text] + weight * says[text])
+        assert answer["text"] == best.strip()
+    without, = again.predict(made, batch, {"lm_weight": 0})
+    assert without == plain.predict(made, batch, {"decoding": "ctc"})[0]
+    joint, = again.predict(made, batch, {"decoding": "joint"})
+    assert isinstance(joint["text"], str)
+    for ask, said in (({"lm_weight": -1}, "number"), ({"lm_weight": True}, "number"), ({"lm_weight": "x"}, "number")):
+        with pytest.raises(UserError, match=said):
+            again.predict(made, batch, ask)
+    with pytest.raises(UserError, match="no language model"):
+        plain.predict(made, batch, {"lm_weight": 0.5})
+
+
+def test_a_language_model_is_one_of_text_generation_and_is_heard(language_model: Path, tmp_path: Path):
+    rows = [{"audio": "data:audio/wav;base64,", "text": "a"}]
+    with pytest.raises(UserError, match="ctc and joint"):
+        SpeechRecognition(SpeechRecognition.Options(language_model=str(language_model))).fit(rows)
+    with pytest.raises(UserError, match="nowhere"):
+        SpeechRecognition(SpeechRecognition.Options(language_model=str(tmp_path / "nowhere"))).fit(rows)

@@ -30,6 +30,8 @@ from multihead.generation.ctc import Reading, best_path, joint_search, prefix_be
 from multihead.metrics.speech import ErrorRates, jiwer
 from multihead.task import Answer, Batch, Example, Loss, Task
 from multihead.tasks.speech import _report as told
+from multihead.tasks.speech._language import COPY, MOST_WEIGHT, Language
+from multihead.tasks.speech._language import found as find_language
 from multihead.tasks.speech._recogniser import Recogniser, heard, positions_of
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.losses import vocabulary_loss
@@ -52,7 +54,7 @@ class SpeechRecognition(Task):
     )  # fmt: skip
     metric = ("cer", "min")
     unit = "tokens"
-    asks = ("decoding", "beam", "timestamps")
+    asks = ("decoding", "beam", "timestamps", "lm_weight")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         # The same words spoken twice are two examples; the same recording twice is still one.
         "model": {"d_model": 144, "num_layers": 6, "num_heads": 4, "dropout": 0.1, "norm": "layernorm"},
@@ -103,6 +105,13 @@ class SpeechRecognition(Task):
         beam: int = Field(8, ge=1, le=MOST_BEAMS)
         """Texts kept in a search.
         搜索时保留的文本数。"""
+        language_model: str | None = None
+        """A run of text-generation, trained on texts in the same form, that is heard in ctc and joint decoding. It is
+        copied into this run.
+        text-generation 的训练结果目录（训练文本的形式应相同），在 ctc 与 joint 解码时参与打分；会复制到本次训练里。"""
+        lm_weight: float = Field(0.3, ge=0, le=MOST_WEIGHT)
+        """Weight of its log-probability beside that of CTC and decoder.
+        语言模型对数概率的权重，加在 CTC 与解码器的得分上。"""
         max_seconds: float = Field(30.0, ge=0.5, le=600)
         """Longer recordings are left out of training; where they are only answered, any length will do.
         更长的录音不用于训练；识别时长度不限。"""
@@ -130,6 +139,7 @@ class SpeechRecognition(Task):
 
     codec: AudioCodec
     units: TextCodec | PinyinCodec
+    language: Language | None = None
     _decoded: tuple[str, np.ndarray, int] | None = None
 
     # -- prepare ------------------------------------------------------------------------------------------------------
@@ -137,6 +147,13 @@ class SpeechRecognition(Task):
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
         jiwer()  # told of now, not at the first evaluation
         o, texts = self.options, _Texts(self, rows)
+        if o.language_model is not None:
+            self.language = Language(o.language_model)
+            if o.decoding == "greedy":
+                raise UserError(tr("options.language_model is heard in ctc and joint decoding alone: set "
+                                   "options.decoding to one of them",
+                                   "options.language_model 只在 ctc 与 joint 解码时起作用：请把 options.decoding "
+                                   "设为其中之一"))
         if o.units == "pinyin":
             self.units = PinyinCodec.fit(texts)
         else:
@@ -189,11 +206,14 @@ class SpeechRecognition(Task):
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
         self.units.save(folder / "units")
+        if self.language is not None:
+            self.language.copy(folder / COPY)
 
     def load(self, folder: Path) -> None:
         self.codec = AudioCodec.load(folder)
         kind = PinyinCodec if self.options.units == "pinyin" else TextCodec
         self.units = kind.load(folder / "units")
+        self.language = find_language(folder, self.options.language_model)
 
     # -- build and train ----------------------------------------------------------------------------------------------
 
@@ -250,8 +270,8 @@ class SpeechRecognition(Task):
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
     def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
-        """``{"text", "score", "seconds"}``, with ``ask["timestamps"]`` also ``words``; `ask` may hold `decoding` and
-        `beam`. The score is the log-probability of the text over its tokens."""
+        """``{"text", "score", "seconds"}``, with ``ask["timestamps"]`` also ``words``; `ask` may hold `decoding`,
+        `beam` and `lm_weight`. The score is the log-probability of the text over its tokens."""
         assert isinstance(model, Recogniser)
         wishes = self._wishes(ask)
         lengths_B = batch["audio_lengths"]
@@ -274,16 +294,22 @@ class SpeechRecognition(Task):
         units, decoding = self.units, wishes["decoding"]
         logp_SV = logp_SV.copy()
         logp_SV[:, [units.unk, units.bos, units.eos]] = -1e9
+        if decoding == "greedy":
+            return best_path(logp_SV)
+        say = None
+        if self.language is not None and wishes["lm_weight"]:
+            say = self.language.on(next(model.parameters()).device).fusion(units, wishes["lm_weight"])
         if decoding == "joint" and memory is not None and model.decoder is not None:
             limit = min(len(logp_SV), model.max_length - 2)
             with torch.autocast(memory.device.type, enabled=False):
                 state, logits_1V = model.begin(memory.float())
                 return joint_search(model, state, logits_1V, logp_SV, units.eos, wishes["beam"],
-                                    self.options.ctc_weight, limit, (units.pad, units.unk, units.bos))[0]
-        return best_path(logp_SV) if decoding == "greedy" else prefix_beam(logp_SV, wishes["beam"])[0]
+                                    self.options.ctc_weight, limit, (units.pad, units.unk, units.bos), say)[0]
+        return prefix_beam(logp_SV, wishes["beam"], fusion=say)[0]
 
     def _wishes(self, ask: dict[str, Any]) -> dict[str, Any]:
-        wishes = {"decoding": self.options.decoding, "beam": self.options.beam, "timestamps": False}
+        o = self.options
+        wishes = {"decoding": o.decoding, "beam": o.beam, "timestamps": False, "lm_weight": o.lm_weight}
         wishes |= {name: ask[name] for name in wishes if ask.get(name) is not None}
         beam = wishes["beam"]
         if wishes["decoding"] not in ("greedy", "ctc", "joint"):
@@ -295,6 +321,13 @@ class SpeechRecognition(Task):
         if not isinstance(wishes["timestamps"], bool):
             raise UserError(tr(f"timestamps is {wishes['timestamps']!r}; it is true or false",
                                f"timestamps 是 {wishes['timestamps']!r}；应为 true 或 false"))
+        weight = wishes["lm_weight"]
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= MOST_WEIGHT:
+            raise UserError(tr(f"lm_weight is {weight!r}; it must be a number, 0 to {MOST_WEIGHT:g}",
+                               f"lm_weight 是 {weight!r}，应为 0 到 {MOST_WEIGHT:g} 的数"))
+        if ask.get("lm_weight") and self.language is None:
+            raise UserError(tr("lm_weight: this run has no language model (options.language_model)",
+                               "lm_weight：这次训练没有语言模型（options.language_model）"))
         return wishes
 
     def _rates(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]]) -> ErrorRates:
