@@ -15,7 +15,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,15 @@ def _samples(blocks: Iterator[tuple[np.ndarray, int]], longest: float) -> tuple[
         raise UserError(tr(f"the recording holds {read} samples ({1000 * read / rate:.1f} ms); {SHORTEST:g} s are the "
                            "least", f"录音只有 {read} 个采样（{1000 * read / rate:.1f} 毫秒）；至少要 {SHORTEST:g} 秒"))
     return np.concatenate(found), rate
+
+
+def resampling(rate: int) -> Callable[[np.ndarray, bool], np.ndarray]:
+    """A function that takes the next samples (n,) int16 of a stream at `rate`, and whether they are its last, and gives
+    those at `RATE` that follow from them."""
+    if rate == RATE:
+        return lambda samples, last: samples
+    stream = _needed("soxr").ResampleStream(rate, RATE, 1, dtype="int16")
+    return lambda samples, last: stream.resample_chunk(samples, last=last)
 
 
 def _whole(samples: np.ndarray) -> np.ndarray:
@@ -354,4 +363,4 @@ def spec_augment(x_BTM: Tensor, spans: Tensor) -> Tensor:
 
 
 __all__ = ["HOP", "LONGEST", "RATE", "AudioCodec", "LogMel", "decoded", "filter_bank", "frames_of", "mel_spectrogram",
-           "noisy", "resampled", "spec_augment", "wav"]
+           "noisy", "resampled", "resampling", "spec_augment", "wav"]

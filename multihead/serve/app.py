@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from multihead import __version__
 from multihead.errors import UserError, tr
-from multihead.serve import embeddings, images, openai, predict, recommend, speech, transcriptions
+from multihead.serve import embeddings, images, openai, predict, recommend, speech, streams, transcriptions
 from multihead.serve.guard import LOCAL, Guard
 from multihead.serve.hosted import Hosted, Served
 from multihead.serve.intake import ERRORS, BadBody, of_validation, pick
@@ -85,6 +85,7 @@ def create_app(served: Sequence[Served], settings: ServeSettings | None = None) 
     app.include_router(images.router)
     if any(transcriptions.hears(hosted) for hosted in models.values()):
         app.include_router(transcriptions.router)
+        app.include_router(streams.router)
     if any(hosted.task.speaks for hosted in models.values()):
         app.include_router(speech.router)
     app.include_router(predict.router(models, settings))
@@ -260,7 +261,7 @@ def run(
     address = f"http://{shown}:{found.getsockname()[1]}"
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5,
-        timeout_keep_alive=30,
+        timeout_keep_alive=30, ws_max_size=streams.MESSAGE, ws_per_message_deflate=False,
     )
     server = _Server(config, app, lambda: (started or (lambda a: announce(app, a, host)))(address))
     with found:

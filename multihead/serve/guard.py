@@ -6,6 +6,7 @@ Written against ASGI itself, because a body must be refused while it is still co
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from multihead.errors import SPEAKS, tr
 from multihead.serve.metrics import Metrics
@@ -56,6 +58,9 @@ class Guard:
             self.rate, self.limiter = parse(settings.rate_limit), MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self.socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -91,6 +96,25 @@ class Guard:
             self._count(scope, status, time.perf_counter() - since)
             SPEAKS.reset(token)
 
+    async def socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As for requests, before a WebSocket stands. Its endpoint bounds what comes through it."""
+        headers, since, status = Headers(scope=scope), time.perf_counter(), 101
+        token = SPEAKS.set(spoken(headers.get("accept-language", "")))
+        self.under_way(1)
+        try:
+            self.check(scope, headers)
+            await self.app(scope, receive, send)
+        except ApiError as error:
+            status = error.status
+            if "websocket.http.response" in scope.get("extensions", {}):
+                await WebSocket(scope, receive, send).send_denial_response(error.answer())
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+        finally:
+            self.under_way(-1)
+            self._count({**scope, "method": "GET"}, status, time.perf_counter() - since)
+            SPEAKS.reset(token)
+
     async def _failed(self, scope: Scope, receive: Receive, answer: Send) -> None:
         error = ApiError(500, tr("something went wrong in the server; its log says what",
                                   "服务器内部出错；详情见服务器日志"), code="internal_error")
@@ -118,7 +142,7 @@ class Guard:
         path = scope["path"]
         if path in OPEN:
             return
-        key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1")
+        key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1") or _offered(headers)
         known = self.known(key)
         self._rate(scope, key if known else b"")
         if self.keys and not known:
@@ -188,6 +212,18 @@ class Guard:
     def _too_long(self, most: int) -> ApiError:
         message = tr(f"the body is longer than {most} bytes", f"请求体超过 {most} 字节")
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+def _offered(headers: Headers) -> bytes:
+    """The key that a browser sends with a WebSocket, where it may set no header but the list of protocols:
+    ``new WebSocket(url, ["multihead", "key." + base64url(key)])``."""
+    for name in headers.get("sec-websocket-protocol", "")[:4096].split(","):
+        if name.strip().startswith("key."):
+            try:
+                return base64.urlsafe_b64decode(name.strip().removeprefix("key.") + "==")
+            except ValueError:
+                return b""
+    return b""
 
 
 def _name(host: str) -> str:

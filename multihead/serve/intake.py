@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 
 from multihead.errors import nearest, tr
 from multihead.serve.hosted import Hosted
@@ -114,7 +115,7 @@ class StrictRoute(APIRoute):
         return strict
 
 
-def pick(request: Request, name: str | None, suits: Callable[[Hosted], bool] = lambda h: True) -> Hosted:
+def pick(request: HTTPConnection, name: str | None, suits: Callable[[Hosted], bool] = lambda h: True) -> Hosted:
     """The model called `name`; without a name, the only one that suits.
 
     Raises:

@@ -46,6 +46,8 @@ class ServeSettings(BaseModel):
     """Texts generated side by side, per model."""
     queue: int = Field(default=256, ge=0)
     """Requests that may wait, per model; beyond it 503 with Retry-After."""
+    streams: int = Field(default=16, ge=0)
+    """Streams of sound (WebSocket) that may be open, per model; beyond it 503."""
     rate_limit: str | None = None
     """Requests a caller (by key, else by address) may send: ``60/minute``; beyond it 429 with Retry-After."""
     drain_seconds: float = Field(default=20, ge=0)

@@ -58,7 +58,7 @@ def hears(hosted: Hosted) -> bool:
 @router.post("/v1/audio/transcriptions", responses={**ERRORS, 200: {"model": Transcript}}, openapi_extra=BODY)
 async def transcribe(request: Request) -> Response:
     """A recording's text."""
-    _own(request.headers, request.app.state.settings.cors_origins)
+    own(request.headers, request.app.state.settings.cors_origins)
     form = await _form(request)
     try:
         name, kind = _word(form, "model"), _word(form, "response_format") or "json"
@@ -78,7 +78,7 @@ async def transcribe(request: Request) -> Response:
     return written(answer, kind)
 
 
-def _own(headers: Headers, friends: Sequence[str]) -> None:
+def own(headers: Headers, friends: Sequence[str]) -> None:
     """403 where a page of another origin sends the form: browsers let it without asking first."""
     origin = headers.get("origin")
     if not origin or "*" in friends or origin in friends:
