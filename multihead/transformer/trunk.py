@@ -175,15 +175,16 @@ def plain_attention(
     S = k_BKSE.shape[2]
     if k_BKSE.shape[1] != H:
         k_BKSE, v_BKSE = (z.repeat_interleave(H // z.shape[1], dim=1) for z in (k_BKSE, v_BKSE))
-    q_XTE, k_XSE, v_XSE = (z.reshape(B * H, -1, E) for z in (q_BHTE * E**-0.5, k_BKSE, v_BKSE))
+    q_XTE, k_XSE, v_XSE = (z.reshape(B * H, -1, E) for z in (q_BHTE, k_BKSE, v_BKSE))
     far = -1e30  # not −∞: a row with nothing to look at must not become NaN
     if causal:
-        scores_XTS = torch.baddbmm(q_XTE.new_full((T, S), far).triu_(1), q_XTE, k_XSE.mT)
+        bias_XTS = q_XTE.new_full((T, S), far).triu_(1)
     elif mask is not None:
         bias_BHTS = torch.zeros_like(mask, dtype=q_XTE.dtype).masked_fill_(~mask, far).expand(B, H, T, S)
-        scores_XTS = torch.baddbmm(bias_BHTS.reshape(B * H, T, S), q_XTE, k_XSE.mT)
+        bias_XTS = bias_BHTS.reshape(B * H, T, S)
     else:
-        scores_XTS = torch.bmm(q_XTE, k_XSE.mT)
+        bias_XTS = q_XTE.new_zeros(())
+    scores_XTS = torch.baddbmm(bias_XTS, q_XTE, k_XSE.mT, beta=int(bias_XTS.dim() > 0), alpha=E**-0.5)
     weights_XTS = scores_XTS.softmax(-1, dtype=v_XSE.dtype)
     if dropout:
         weights_XTS = random_zeros(weights_XTS, dropout)
