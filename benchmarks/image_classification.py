@@ -7,9 +7,10 @@ The peer is `ViTForImageClassification` of the recipe's width, depth, heads, pat
 same pictures, normalized alike, mirrored and shifted as ours are and without further noise. Ours is the package's own
 `Trainer` with the shipped recipe.
 
-throughput: training steps of both in turn; what counts is the median of pictures a second, at the number of threads
-that is faster for each. First as each comes (ours in bfloat16 where the processor has instructions for it, with its
-convolutions, its noise and Muon), then at one precision: ours with a linear patch embedding and AdamW, as the peer has.
+throughput: training steps of both in turn, the peer in a process of its own; what counts is the median of pictures a
+second, at the number of threads that is faster for each. First as each comes (ours in bfloat16 where the processor has
+instructions for it, with its convolutions, its noise and Muon), then at one precision: ours with a linear patch
+embedding and AdamW, as the peer has.
 
 fashion-mnist, cifar10: both train by turns of a minute, each for the same time on the clock (`--minutes`, by default
 40 and 60 minutes each, so that a run takes twice that), then answer the test part once. Validation is printed on the
@@ -20,13 +21,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,34 +59,56 @@ TURN = 60.0
 PEER: dict[str, Any] = {"lr": 1e-3, "warmup": 0.05, "weight_decay": 0.05, "betas": (0.9, 0.999), "clip": 1.0}
 
 
-class Peer:
-    """transformers' ViT class of the shape of `trainer`'s model, in a plain AdamW loop on the same rows."""
+@dataclass
+class Plan:
+    """All that the peer must know: its shape, its pictures (N, C, S, S) and their labels, and how they are treated."""
 
-    def __init__(self, trainer: Trainer, precision: torch.dtype = torch.float32) -> None:
+    shape: dict[str, Any]
+    images: np.ndarray
+    labels: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch: int
+    shift: int
+    threads: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Plan:
+        task: Any = trainer.task
+        rows: Any = trainer.examples
+        model, codec = trainer.recipe.model, task.codec
+        shape = {
+            "hidden_size": model.d_model, "num_hidden_layers": model.num_layers, "intermediate_size": model.ff_size,
+            "num_attention_heads": model.num_heads, "image_size": codec.size, "patch_size": task.options.patch,
+            "num_channels": codec.channels, "num_labels": len(task.labels), "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }  # fmt: skip
+        images = np.array(rows.stream("image")).reshape(-1, *_shape(codec))
+        return cls(shape, images, np.array(rows.stream("label")), codec.mean, codec.std,
+                   trainer.settings.batch_size, round(task.options.shift * codec.size), trainer.threads)
+
+
+class Peer:
+    """transformers' ViT class in a plain AdamW loop on the same rows."""
+
+    def __init__(self, plan: Plan, precision: torch.dtype = torch.float32) -> None:
         from transformers import ViTConfig, ViTForImageClassification
 
-        model, codec, task = trainer.recipe.model, trainer.task.codec, trainer.task  # type: ignore[attr-defined]
         torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=model.d_model, num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
-            intermediate_size=model.ff_size, image_size=codec.size, patch_size=task.options.patch,
-            num_channels=codec.channels, num_labels=len(task.labels), hidden_dropout_prob=0.0,  # type: ignore
-            attention_probs_dropout_prob=0.0)  # fmt: skip
-        self.model, self.codec, self.precision = ViTForImageClassification(config).train(), codec, precision
+        self.plan, self.precision = plan, precision
+        self.model = ViTForImageClassification(ViTConfig(**plan.shape)).train()
         groups = [{"params": [p for p in self.model.parameters() if (p.dim() >= 2) is matrices], "weight_decay": decay}
                   for matrices, decay in ((True, PEER["weight_decay"]), (False, 0.0))]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, lr=PEER["lr"], betas=PEER["betas"])
-        self.images = torch.from_numpy(np.array(trainer.examples.stream("image"))).view(-1, *_shape(codec))  # type: ignore[attr-defined]
-        self.labels = torch.from_numpy(np.array(trainer.examples.stream("label")))  # type: ignore[attr-defined]
-        self.batch, self.shift = trainer.settings.batch_size, round(task.options.shift * codec.size)
-        self.draw, self.step, self.threads = np.random.default_rng(0), 0, trainer.threads
+        self.images, self.labels = torch.from_numpy(plan.images), torch.from_numpy(plan.labels)
+        self.draw, self.step = np.random.default_rng(0), 0
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
     def normal(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.codec.mean, self.codec.std))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.plan.mean, self.plan.std))
         return (images.float() / 255 - mean) / std
 
     def advance(self, done: float = 0.5) -> None:
@@ -91,11 +117,11 @@ class Peer:
             0.5 * (1 + math.cos(math.pi * min(1.0, (done - PEER["warmup"]) / (1 - PEER["warmup"])))))
         for group in self.optimizer.param_groups:
             group["lr"] = PEER["lr"] * max(rate, 1e-3)
-        rows = self.draw.integers(len(self.images), size=self.batch)
+        rows = self.draw.integers(len(self.images), size=self.plan.batch)
         x = self.normal(self.images[rows])
         if self.draw.random() < 0.5:  # a whole batch at a time, which costs it least
             x = x.flip(-1)
-        moved = self.draw.integers(-self.shift, self.shift + 1, size=2).tolist()
+        moved = self.draw.integers(-self.plan.shift, self.plan.shift + 1, size=2).tolist()
         x = torch.roll(x, moved, (-2, -1))
         with torch.autocast("cpu", self.precision) if self.precision != torch.float32 else nullcontext():
             loss = self.model(pixel_values=x, labels=self.labels[rows]).loss
@@ -107,7 +133,7 @@ class Peer:
 
     @torch.no_grad()
     def accuracy(self, store: Store) -> float:
-        images = torch.from_numpy(np.array(store.stream("image"))).view(-1, *_shape(self.codec))
+        images = torch.from_numpy(np.array(store.stream("image"))).view(-1, *self.images.shape[1:])
         labels = torch.from_numpy(np.array(store.stream("label")))
         self.model.eval()
         guesses = [self.model(pixel_values=self.normal(part)).logits.argmax(-1) for part in images.split(256)]
@@ -122,19 +148,48 @@ def _shape(codec: Any) -> tuple[int, int, int]:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def rates(sides: dict[str, Callable[[], None]], batch: int, seconds: float) -> dict[str, float]:
+class Apart:
+    """A peer in a process of its own, with the allocator as it comes (ours has it keep what was freed)."""
+
+    def __init__(self, plan: Plan, precision: torch.dtype) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=_apart, args=(theirs, plan, precision), daemon=True).start()
+        self.parameters: int = self.pipe.recv()
+
+    def __call__(self, threads: int) -> float:
+        self.pipe.send(threads)
+        return float(self.pipe.recv())
+
+
+def _apart(pipe: Any, plan: Plan, precision: torch.dtype) -> None:
+    peer = Peer(plan, precision)
+    pipe.send(peer.parameters)
+    with suppress(EOFError):  # the other side is through
+        while True:
+            pipe.send(timed(peer.advance, pipe.recv()))
+
+
+def timed(work: Callable[[], None], threads: int) -> float:
+    """Seconds that `work` takes with so many threads."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rates(sides: dict[str, Callable[[int], float]], batch: int, seconds: float) -> dict[str, float]:
     """Pictures a second of each side: by the median of its steps, sides in turn, each at its faster number of threads.
     """
     times: dict[tuple[str, int], list[float]] = {(name, n): [] for name in sides for n in {1, device.cores()}}
     for work in sides.values():
-        work()
+        work(1)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for (name, threads), taken in times.items():
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            sides[name]()
-            taken.append(time.perf_counter() - start)
+            taken.append(sides[name](threads))
+    for (name, threads), taken in times.items():
+        print(f"  {name}, {threads} threads: {batch / statistics.median(taken):.1f} pictures/s")
     return {name: batch / min(statistics.median(t) for (n, _), t in times.items() if n == name) for name in sides}
 
 
@@ -147,9 +202,9 @@ def throughput(args: Any) -> int:
                 **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *PLAIN])
                    for kind in ("float32", "bf16")}}  # fmt: skip
         first = ours["ours"]
-        peers = {"peer, float32": Peer(first), "peer, bf16": Peer(first, torch.bfloat16)}
-        sides = {**{name: stepper(one) for name, one in ours.items()},
-                 **{name: one.advance for name, one in peers.items()}}  # fmt: skip
+        plan = Plan.of(first)
+        peers = {"peer, float32": Apart(plan, torch.float32), "peer, bf16": Apart(plan, torch.bfloat16)}
+        sides: dict[str, Any] = {**{name: partial(timed, stepper(one)) for name, one in ours.items()}, **peers}
         found = rates(sides, first.settings.batch_size, args.minutes * 60)
         size = sum(p.numel() for p in first.model.parameters())
     for name, rate in found.items():
@@ -201,7 +256,7 @@ def accuracy(args: Any, part: str) -> int:
         with prepare.begin(RECIPES / f"{part}.yaml", overrides, place, False) as (run, recipe, task, _):
             ours = Trainer(recipe, task, run, progress=False)
             spent = {"ours": time.perf_counter() - start, "peer": 0.0}  # preparing is ours to pay for
-            peer = Peer(ours)
+            peer = Peer(Plan.of(ours))
             print(f"ours: {ours.steps} steps, {ours.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
             with Log(run.file("log.jsonl"), 0) as log:
                 curve = compete(ours, peer, log, spent, budget)
