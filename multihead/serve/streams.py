@@ -1,5 +1,5 @@
-"""``/v1/audio/stream``: speech as it is spoken, over WebSocket. 16-bit PCM comes in, in pieces of any size; what was heard
-goes out as JSON, first as a guess that may change, then, after a pause, as it stays.
+"""``/v1/audio/stream``: speech as it is spoken, over WebSocket. 16-bit PCM comes in, in pieces of any size; what was
+heard goes out as JSON, first as a guess that may change, then, after a pause, as it stays.
 
     ws://…/v1/audio/stream?model=NAME&rate=16000
     → bytes: samples, little-endian, one channel            ← {"type": "ready", "model": "…", "rate": 16000}
@@ -7,8 +7,8 @@ goes out as JSON, first as a guess that may change, then, after a pause, as it s
     → {"type": "end"}                                       ← {"type": "final", "text": "…", "start": 0.4, "end": 2.3}
                                                             ← {"type": "done", "seconds": 2.6}
 
-A connection holds one utterance (``Listener``) and asks for one text at a time; while it waits it reads nothing, so that
-a sender who is too fast is slowed down by the network.
+A connection holds one utterance (``Listener``) and asks for one text at a time; while it waits it reads nothing, so
+that a sender who is too fast is slowed down by the network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Speech as it is spoken: texts of a stream are those of its utterances sent as files; what must not come in does not."""
+"""Speech as it is spoken: a stream has the texts of its utterances sent as files; what must not come in does not."""
 
 from __future__ import annotations
 
