@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,13 +36,19 @@ Options = Sequence[tuple[str, dict[str, Any]]]
 
 
 def arguments(about: str | None, minutes: float, extra: Options = ()) -> argparse.Namespace:
-    """``--json FILE``, ``--minutes N`` (default `minutes`: the budget at which the aims are meant), and `extra`."""
+    """``--json FILE``, ``--minutes N`` (default `minutes`: the budget at which the aims are meant), ``--cpu`` (which
+    also sets ``args.clock``), and `extra`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--minutes", type=float, default=minutes, metavar="N", help=f"time budget; default {minutes:g}")
+    parser.add_argument("--cpu", action="store_true", help="one core, and processor time for the clock's: where "
+                        "others use the machine too (only in comparisons of training)")  # fmt: skip
     for name, options in extra:
         parser.add_argument(name, **options)
     args = parser.parse_args()
+    if args.cpu and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    args.clock = time.process_time if args.cpu else time.perf_counter
     args.full = args.minutes >= minutes
     if not args.full:
         print(f"A smaller budget than the {minutes:g} minutes the aims are meant at: {args.minutes:g}.", flush=True)
@@ -81,7 +88,8 @@ def finish(args: argparse.Namespace, aims: Sequence[Aim], more: dict[str, Any] |
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if args.json:
-        result = {"machine": where, "minutes": args.minutes, "aims": [asdict(a) for a in aims], **(more or {})}
+        result = {"machine": where, "minutes": args.minutes, "processor_time": args.cpu,
+                  "aims": [asdict(a) for a in aims], **(more or {})}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0 if all(a.holds for a in aims) else 1

@@ -249,17 +249,17 @@ def trainer(recipe: str, run: str, overrides: Sequence[str]) -> Trainer:
 
 def accuracy(args: Any, part: str) -> int:
     """Test accuracy of both after the same time."""
-    budget = args.minutes * 60
+    budget, clock = args.minutes * 60, args.clock
     with tempfile.TemporaryDirectory() as temporary:
-        start = time.perf_counter()
+        start = clock()
         place, overrides = Path(temporary) / "run", [f"train.minutes={args.minutes * 0.95:.3f}"]
         with prepare.begin(RECIPES / f"{part}.yaml", overrides, place, False) as (run, recipe, task, _):
             ours = Trainer(recipe, task, run, progress=False)
-            spent = {"ours": time.perf_counter() - start, "peer": 0.0}  # preparing is ours to pay for
+            spent = {"ours": clock() - start, "peer": 0.0}  # preparing is ours to pay for
             peer = Peer(Plan.of(ours))
             print(f"ours: {ours.steps} steps, {ours.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
             with Log(run.file("log.jsonl"), 0) as log:
-                curve = compete(ours, peer, log, spent, budget)
+                curve = compete(ours, peer, log, spent, budget, clock)
             test = Store(run.file("data/test"))
             peers = peer.accuracy(test)
             with ours.ema.swapped() if ours.ema is not None else nullcontext():
@@ -277,26 +277,27 @@ def accuracy(args: Any, part: str) -> int:
     return finish(args, aims, {"curve": curve, "test": found, "steps": steps, "recipe": recipe.plain()})
 
 
-def compete(ours: Trainer, peer: Peer, log: Log, spent: dict[str, float], budget: float) -> list[dict[str, float]]:
+def compete(ours: Trainer, peer: Peer, log: Log, spent: dict[str, float], budget: float,
+            clock: Callable[[], float]) -> list[dict[str, float]]:
     """Turns of a minute until ours is through and the peer has had the budget; validation accuracy on the way."""
     assert ours.valid is not None
     curve, every = [], max(1, ours.steps // 10)
     while ours.step < ours.steps or spent["peer"] < budget:
         torch.set_num_threads(ours.threads)
-        start = time.perf_counter()
-        while ours.step < ours.steps and time.perf_counter() - start < TURN:
+        start = clock()
+        while ours.step < ours.steps and clock() - start < TURN:
             ours._one(log)
             if ours.step % every == 0 or ours.step == ours.steps:
                 ours._evaluate(log)
-                spent["ours"] += time.perf_counter() - start
+                spent["ours"] += clock() - start
                 curve.append({"seconds": spent["ours"], "step": ours.step, "accuracy": ours.best["value"]})
                 print(f"  ours {spent['ours'] / 60:5.1f} min  best validation {ours.best['value']:.4f}", flush=True)
-                start = time.perf_counter()
-        spent["ours"] += time.perf_counter() - start
-        start = time.perf_counter()
-        while spent["peer"] + time.perf_counter() - start < budget and time.perf_counter() - start < TURN:
-            peer.advance((spent["peer"] + time.perf_counter() - start) / budget)
-        spent["peer"] += time.perf_counter() - start
+                start = clock()
+        spent["ours"] += clock() - start
+        start = clock()
+        while spent["peer"] + clock() - start < budget and clock() - start < TURN:
+            peer.advance((spent["peer"] + clock() - start) / budget)
+        spent["peer"] += clock() - start
     print(f"  peer {spent['peer'] / 60:5.1f} min  validation {peer.accuracy(Store(ours.valid.folder)):.4f}", flush=True)  # type: ignore[attr-defined]
     return curve
 

@@ -23,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -151,24 +152,25 @@ class Peer:
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def compete(ours: Trainer, peer: Peer | None, log: Log, spent: dict[str, float], budget: float) -> None:
+def compete(ours: Trainer, peer: Peer | None, log: Log, spent: dict[str, float], budget: float,
+            clock: Callable[[], float]) -> None:
     """Turns of a minute until ours is through and the peer has had the budget."""
     every = ours._every()[0]
     while ours.step < ours.steps or (peer is not None and spent["peer"] < budget):
-        start = time.perf_counter()
+        start = clock()
         torch.set_num_threads(ours.threads)
-        while ours.step < ours.steps and time.perf_counter() - start < TURN:
+        while ours.step < ours.steps and clock() - start < TURN:
             ours._one(log)
             if ours.step % every == 0 or ours.step == ours.steps:
                 ours._evaluate(log)
                 print(f"  ours {ours.step:6d} steps  best validation loss {ours.best['value']:.4f}", flush=True)
-        spent["ours"] += time.perf_counter() - start
-        start = time.perf_counter()
-        while peer is not None and spent["peer"] + time.perf_counter() - start < budget and (
-            time.perf_counter() - start < TURN
+        spent["ours"] += clock() - start
+        start = clock()
+        while peer is not None and spent["peer"] + clock() - start < budget and (
+            clock() - start < TURN
         ):
             peer.advance()
-        spent["peer"] += time.perf_counter() - start
+        spent["peer"] += clock() - start
     ours._finish()
 
 
@@ -207,17 +209,17 @@ def main() -> int:
 
 
 def measured(args: Any, stack: ExitStack) -> int:
-    budget, spent = args.minutes * 60, {"ours": 0.0, "peer": 0.0}
+    budget, spent, clock = args.minutes * 60, {"ours": 0.0, "peer": 0.0}, args.clock
     if args.run:
         run = open_run(args.run)
         folder, task, recipe = run.folder, run.task, run.recipe
     else:
-        start = time.perf_counter()
+        start = clock()
         place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         overrides = [f"train.minutes={args.minutes * 0.95:.3f}"]
         folder, recipe, task, _ = stack.enter_context(prepare.begin(RECIPE, overrides, place, False))
         trainer = Trainer(recipe, task, folder, progress=False)
-        spent["ours"] = time.perf_counter() - start
+        spent["ours"] = clock() - start
         print(f"ours: {trainer.steps} steps, {trainer.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
     train, test = Store(folder.file("data/train")), Store(folder.file("data/test"))
     learned, labels_of = drawn.pictures_of(train), np.array(train.stream("label"))
@@ -225,12 +227,12 @@ def measured(args: Any, stack: ExitStack) -> int:
     if args.run:
         model = run.model
         while peer is not None and spent["peer"] < budget:
-            start = time.perf_counter()
+            start = clock()
             peer.advance()
-            spent["peer"] += time.perf_counter() - start
+            spent["peer"] += clock() - start
     else:
         with Log(folder.file("log.jsonl"), 0) as log:
-            compete(trainer, peer, log, spent, budget)
+            compete(trainer, peer, log, spent, budget, clock)
         model = trainer.model.eval()
         if trainer.ema is not None:
             trainer.ema._swap()
