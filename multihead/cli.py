@@ -145,9 +145,13 @@ def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None
 @app.command(help=tr("steps 1 to 3: prepare, build, train; the same line resumes",
                      "第 1 到 3 步：准备、构建并训练；同一条命令即可续训"))
 def train(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
+    if "RANK" in os.environ:  # before torch is there: what DDP says of its options, in every process, is for no user
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from multihead.train import train as train_step
 
     done = train_step(recipe, overrides or (), run, restart)
+    if os.environ.get("RANK", "0") != "0":
+        return
     command = f"multihead evaluate {shlex.quote(str(done.path))}"
     said = tr(f"trained {done.path}. Next: {command}", f"训练完成 {done.path}。下一步：{command}")
     _console().print(said, markup=False)

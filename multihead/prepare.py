@@ -33,7 +33,7 @@ REPORT = "data/report.json"
 FAULTS = 100
 """Rows that could not be encoded whose reason is kept."""
 MAY_CHANGE = ("serve.", "evaluate.", "train.log_every", "train.save_every", "train.keep", "train.device",
-              "train.tensorboard")
+              "train.tensorboard", "train.parallel", "train.recompute")
 """Keys that a resumed run may change: they touch neither the data nor the weights."""
 AFTER_PREPARE = ("name", "model.", "train.")
 """Keys that what is prepared does not depend on, but for those in `BEFORE`."""

@@ -175,6 +175,12 @@ class Train(Section):
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     device: str = "auto"
+    parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
+    """Of several processes (torchrun): ddp, each a copy of the model; fsdp, each a share of it; auto, by its size.
+    多进程训练（torchrun）：ddp 每个进程一份模型，fsdp 各持一部分，auto 按模型大小选择，none 只许单进程。"""
+    recompute: bool = False
+    """Work out the inside of each block again for the gradient: the same results, less memory, a third more time.
+    计算梯度时重算每一层的中间结果：结果相同，省内存，用时约多三分之一。"""
     tensorboard: bool = False
 
     @field_validator("device")

@@ -2,20 +2,22 @@
 
 Every step is a pure function of the weights, the optimizer's state and the step's number: the rows come from
 ``Loader.batch(step)``, the noise from ``seed_step``. So a run that was killed and resumed ends with the same bits as
-one that was not (in float32 with as many threads).
+one that was not (in float32 with as many threads). Started by ``torchrun``, several processes run this loop side by
+side and agree at every step; see `stepping` for what they share.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import statistics
 import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,18 +26,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from multihead import build, evaluate
+from multihead import build, evaluate, keeping, validating
 from multihead import prepare as preparing
 from multihead.build import Run
-from multihead.data.loader import Loader
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.recipe import Recipe
-from multihead.run import WEIGHTS, RunFolder
-from multihead.runtime import adapter, checkpoint, device, optim
+from multihead.run import RunFolder
+from multihead.runtime import device, optim
+from multihead.runtime.crew import Crew, crew
 from multihead.runtime.log import Log, Progress, resume_command
+from multihead.stepping import Outcome, Stepper
 from multihead.task import Batch, Task
-from multihead.transformer import lora
 
 
 class Stopped(Exception):
@@ -66,96 +68,118 @@ def train(
         UserError: for anything a person can put right.
         Stopped: after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    with preparing.begin(path, overrides, run, restart) as (folder, recipe, task, _), _signals() as caught:
-        Trainer(recipe, task, folder, caught, progress).fit()
+    with crew() as all_of_us:
+        begun = _begin(all_of_us, path, overrides, run, restart)
+        with begun as (folder, recipe, task), _signals() as caught:
+            Trainer(recipe, task, folder, caught, progress, all_of_us).fit()
     return Run(folder)
 
 
+@contextlib.contextmanager
+def _begin(
+    crew: Crew, path: str | Path, overrides: Sequence[str], run: str | Path | None, restart: bool
+) -> Iterator[tuple[RunFolder, Recipe, Task]]:
+    """The prepared run: the first process prepares and holds it, the others wait and open it."""
+    if crew.first:
+        with preparing.begin(path, overrides, run, restart) as (folder, recipe, task, _):
+            crew.tell(str(folder.path.absolute()))
+            yield folder, recipe, task
+            crew.meet()
+        return
+    folder = RunFolder(crew.tell(None))
+    if not folder.exists():
+        raise UserError(tr(
+            "the run folder of the first process is not to be seen from here; put it on a disk that all machines share",
+            "在本机看不到第一个进程的训练文件夹；请放在所有机器共享的磁盘上"), str(folder.path))
+    recipe = build.read_resolved(folder)
+    task = preparing.make_task(recipe, folder.path)
+    preparing.give_origin(recipe, task, folder)
+    task.load(folder.file("codec"))
+    yield folder, recipe, task
+    crew.meet()
+
+
 class Trainer:
-    """One run's training: model, optimizer, loader, and where it stands."""
+    """One run's training: model, optimizer, data, and where it stands; in each process of a crew alike."""
 
     def __init__(
-        self, recipe: Recipe, task: Task, folder: RunFolder, caught: list[int] | None = None, progress: bool = True
+        self, recipe: Recipe, task: Task, folder: RunFolder, caught: list[int] | None = None, progress: bool = True,
+        crew: Crew | None = None,
     ) -> None:
         self.recipe, self.settings, self.task, self.folder = recipe, recipe.train, task, folder
         self.caught = [] if caught is None else caught
-        self.device = device.choose_device(recipe.train.device)
-        device.keep_memory()
+        self.crew = Crew() if crew is None else crew
+        self.device = device.choose_device(recipe.train.device, self.crew.local_rank)
         self.precision = device.choose_precision(recipe.train.precision, self.device)
+        self.crew.connect(self.device)
         self.examples = task.examples(Store(folder.file("data/train")), "train")
         self.valid = task.examples(Store(folder.file("data/valid")), "valid") if self._has("valid") else None
-        self.loader = self._loader()
-        self.saved, self.skipped = checkpoint.latest(folder.path)
+        self.stepper = Stepper(recipe, task, self.examples, self.crew, self.device, self.precision, self._say)
+        self.bar: Progress | None = None
+        self.saved, self.skipped = keeping.latest(folder, self.crew)
         self.steps, self.threads = self._scale()
-        self.model, self.optimizer = self._fresh()
+        self.taken = self.stepper.build(fresh=self.saved is None)
         self.ema = optim.EMA(self.model, self.settings.ema) if self.settings.ema else None
         self.step = 0
         self.best: dict[str, Any] = {"value": None, "step": 0, "stale": 0}
-        self.done = False
+        self.done = self.signalled = False
         self.seconds = 0.0
-        self.bar = Progress(self.steps, unit=task.unit) if progress else None
+        if progress and self.crew.first:
+            self.bar = Progress(self.steps, unit=task.unit)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.stepper.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.stepper.optimizer
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def _has(self, part: str) -> bool:
         return self.folder.file(f"data/{part}").is_dir() and len(Store(self.folder.file(f"data/{part}"))) > 0
 
-    def _loader(self) -> Loader:
-        lengths = self.task.length(self.examples)
-        return Loader(self.examples, self.settings.batch_size, seed=self.recipe.seed, lengths=lengths)
-
-    def _fresh(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        made, self.taken = build.training_model(self.task, self.recipe, fresh=self.saved is None)
-        model = made.to(self.device).train()
-        s = self.settings
-        return model, optim.build(
-            model,
-            optimizer=s.optimizer,
-            lr=s.lr,
-            muon_lr=s.muon_lr,
-            weight_decay=s.weight_decay,
-            betas=s.betas,
-            batch_size=s.batch_size,
-        )
-
     def _scale(self) -> tuple[int, int]:
         """Steps of the whole run and threads to use: what the checkpoint says, else by a short measurement."""
         s = self.settings
-        if self.saved is not None:
+        if self.saved is not None and self.saved.meta.get("world", 1) == self.crew.world:
             torch.set_num_threads(self.saved.meta["threads"])
             return self.saved.meta["steps"], self.saved.meta["threads"]
         if isinstance(s.threads, int):
             torch.set_num_threads(s.threads)
-        if not s.steps or (s.minutes is None and (isinstance(s.threads, int) or self.device.type != "cpu")):
+        elif self.crew.world > 1 or self.saved is not None:
+            torch.set_num_threads(max(1, device.cores() // self.crew.local_world))
+        if self.saved is not None:
+            return self.saved.meta["steps"], torch.get_num_threads()
+        measured = isinstance(s.threads, int) or self.device.type != "cpu" or self.crew.world > 1
+        if not s.steps or (s.minutes is None and measured):
             return s.steps, torch.get_num_threads()
-        self.model, self.optimizer = self._fresh()  # thrown away after the measurement
+        self.stepper.build(fresh=True)  # thrown away after the measurement
         step = iter(range(1 << 30))
 
         def work() -> None:
-            self._update(next(step))
+            self.stepper.update(next(step), s.steps)
 
-        threads = s.threads if isinstance(s.threads, int) else device.choose_threads(work)
-        steps = s.steps
-        if s.minutes is not None:
-            times: list[float] = []
-            enough = min(20.0, max(2.0, s.minutes * 60 * 0.01))  # a busy machine is not judged by one quiet moment
-            while len(times) < 5 or sum(times) < enough:
-                start = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - start)
-            # A twentieth of the time is left for evaluations and checkpoints.
-            usual = statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)])
-            steps = max(1, min(steps, int(s.minutes * 60 * 0.95 / usual)))
-        return steps, threads
+        threads = torch.get_num_threads() if measured else device.choose_threads(work)
+        return (s.steps if s.minutes is None else self._steps_in(s.minutes, work)), threads
+
+    def _steps_in(self, minutes: float, work: Callable[[], None]) -> int:
+        """So many steps take about `minutes`, but for a twentieth that is left for evaluations and checkpoints."""
+        times: list[float] = []
+        enough = min(20.0, max(2.0, minutes * 60 * 0.01))  # a busy machine is not judged by one quiet moment
+        while self.crew.tell(len(times) < 5 or sum(times) < enough):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        usual = statistics.fmean(sorted(times)[: max(3, len(times) * 9 // 10)])
+        return self.crew.tell(max(1, min(self.settings.steps, int(minutes * 60 * 0.95 / usual))))
 
     def _resume(self) -> None:
         if self.saved is None:
             return
-        checkpoint.load_model(self.model, self.saved.tensors("model"), str(self.saved.path))
+        keeping.restore(self.saved, self.stepper, self.ema)
         meta = self.saved.meta
-        self.optimizer.load_state_dict(checkpoint.unflatten(self.saved.tensors("optimizer"), meta["optimizer"]))
-        if self.ema is not None:
-            self.ema.load(self.saved.tensors("ema"), meta["ema_updates"])
         self.step, self.best, self.done, self.seconds = self.saved.step, meta["best"], meta["done"], meta["seconds"]
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -175,8 +199,9 @@ class Trainer:
             return
         self._announce()
         every, save = self._every()
-        board = self.folder.file("tensorboard") if self.settings.tensorboard else None
-        with Log(self.folder.file("log.jsonl"), self.step, board) as log, self.bar or contextlib.nullcontext():
+        board = self.folder.file("tensorboard") if self.settings.tensorboard and self.crew.first else None
+        place = self.folder.file("log.jsonl") if self.crew.first else os.devnull
+        with Log(place, self.step, board) as log, self.bar or contextlib.nullcontext():
             try:
                 self._before(log)
                 while self.step < self.steps and not self.done:
@@ -204,15 +229,17 @@ class Trainer:
             self._save()
         elif self.valid is not None and self.settings.early_stop is not None and self.settings.early_stop.metric:
             few, rows = range(min(8, len(self.valid))), evaluate.raw_rows(self.valid)
-            replies = evaluate.answers(self.task, self.model, [self.valid[i] for i in few], device=self.device)
-            self._metric(evaluate.numbers(self.task.score(replies, [rows[i] for i in few])))
+            with self.stepper.engine.whole():
+                replies = evaluate.answers(self.task, self.model, [self.valid[i] for i in few], device=self.device)
+            found = evaluate.numbers(self.task.score(replies, [rows[i] for i in few]))
+            validating.metric(self.task, self.recipe, found)
 
     def _one(self, log: Log) -> None:
         started = time.perf_counter()
-        loss, norm, count, parts, lr = self._update(self.step)
+        loss, norm, count, parts, lr, self.signalled = self._update(self.step)
         self.step += 1
         if not math.isfinite(norm) or not math.isfinite(loss):
-            self._refuse(loss)
+            raise keeping.refuse(self.folder, self.crew, self.stepper, self.step, loss)
         if self.ema is not None:
             self.ema.update()
         self.seconds += time.perf_counter() - started
@@ -230,40 +257,11 @@ class Trainer:
                 **parts,
             )
 
-    def _update(self, step: int) -> tuple[float, float, int, dict[str, float], float]:
-        """One step of the optimizer: loss, gradient norm, count, further losses, learning rate."""
-        s = self.settings
-        indices = self.loader.batch(step)
-        size = s.micro_batch or len(indices)
-        total, count, parts = 0.0, 0, dict[str, float]()
-        self.optimizer.zero_grad(set_to_none=True)
-        for micro, start in enumerate(range(0, len(indices), size)):
-            batch = self._batch(step, indices[start : start + size], start)
-            device.seed_step(self.recipe.seed, step, micro)
-            with device.autocast(self.device, self.precision):
-                loss = self.task.loss(self.model, batch)
-            loss.total.backward()
-            total, count = total + float(loss.total.detach()), count + int(loss.count)
-            for name, value in loss.parts.items():
-                parts[name] = parts.get(name, 0.0) + float(value.detach())
-        norm = float(optim.clip(self.model.parameters(), s.clip, 1 / max(1, count)))
-        warmup = int(s.warmup * self._total) if s.warmup < 1 else int(s.warmup)
-        scale = optim.lr_scale(step, steps=self._total, warmup=warmup, decay=s.decay, floor=s.min_lr)
-        optim.set_lr(self.optimizer, scale)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        return total / max(1, count), norm, count, {k: v / max(1, count) for k, v in parts.items()}, s.lr * scale
-
-    @property
-    def _total(self) -> int:
-        return getattr(self, "steps", self.settings.steps)
+    def _update(self, step: int) -> Outcome:
+        return self.stepper.update(step, self.steps, bool(self.caught))
 
     def _batch(self, step: int, indices: np.ndarray, first: int) -> Batch:
-        examples = [
-            self.task.augment(self.examples[int(i)], np.random.default_rng([self.recipe.seed, step, first + n]))
-            for n, i in enumerate(indices)
-        ]
-        return evaluate.to_device(self.task.collate(examples), self.device)
+        return self.stepper.batch(step, indices, first)
 
     # -- evaluating, saving, stopping ---------------------------------------------------------------------------------
 
@@ -275,17 +273,18 @@ class Trainer:
         """Validation scores; the weights are kept where the task's metric has never been better."""
         assert self.valid is not None
         with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
-            replies = evaluate.answers(
-                self.task,
-                self.model,
-                self.valid,
-                self.recipe.evaluate.batch_size,
-                device=self.device,
-                precision=self.precision,
-                tick=lambda rows: self._heed(),
-            )
-            scores = evaluate.numbers(self.task.score(replies, evaluate.raw_rows(self.valid)))
-            name, better = self._metric(scores)
+            with self.stepper.engine.whole():
+                scores = validating.scores(
+                    self.task,
+                    self.model,
+                    self.valid,
+                    self.crew,
+                    self.recipe.evaluate.batch_size,
+                    tick=self._heed if self.crew.world == 1 else lambda: None,
+                    device=self.device,
+                    precision=self.precision,
+                )
+            name, better = validating.metric(self.task, self.recipe, scores)
             value, best = scores[name], self.best["value"]
             improved = best is None or (value < best if better == "min" else value > best)
             self.best = (
@@ -310,29 +309,8 @@ class Trainer:
                 )
             )
 
-    def _metric(self, scores: dict[str, float]) -> tuple[str, str]:
-        name, better = self.task.metric
-        wanted = self.settings.early_stop.metric if self.settings.early_stop else None
-        if wanted is None or wanted == name:
-            return name, better
-        if wanted not in scores:
-            raise UserError(
-                tr(
-                    f"train.early_stop.metric is '{wanted}'; this task reports: {', '.join(scores)}",
-                    f"train.early_stop.metric 是 '{wanted}'；此任务给出的指标有：{'、'.join(scores)}",
-                )
-            )
-        return wanted, "min" if any(
-            word in wanted for word in ("loss", "error", "perplexity", "bits", "rate")
-        ) else "max"
-
     def _keep_weights(self, figures: dict[str, float]) -> None:
-        metadata = {"task": self.recipe.task, "step": str(self.step), **{k: f"{v:.6g}" for k, v in figures.items()}}
-        tensors = lora.merged(self.model, checkpoint.model_tensors(self.model))
-        checkpoint.save_weights(self.folder.file(WEIGHTS), tensors, metadata)
-        if self.recipe.model.lora is not None:
-            config, places = self.recipe.model, build.body(self.model)
-            adapter.save(self.folder.file(adapter.FOLDER), self.model, self.task.origin, config, places)
+        keeping.keep_weights(self.folder, self.crew, self.recipe, self.task, self.model, self.step, figures)
 
     def _finish(self) -> None:
         self.done = True
@@ -341,10 +319,7 @@ class Trainer:
                 self._keep_weights({})
 
     def _save(self) -> None:
-        tensors, rest = checkpoint.flatten(self.optimizer.state_dict())
-        groups = {"model": checkpoint.model_tensors(self.model), "optimizer": tensors}
         meta = {
-            "optimizer": rest,
             "best": self.best,
             "done": self.done,
             "steps": self.steps,
@@ -352,39 +327,12 @@ class Trainer:
             "seconds": self.seconds,
             "precision": str(self.precision).removeprefix("torch."),
         }
-        if self.ema is not None:
-            groups["ema"], meta["ema_updates"] = self.ema.tensors(), self.ema.updates
-        checkpoint.save(self.folder.path, self.step, groups, meta, self.settings.keep)
+        keeping.save(self.folder, self.crew, self.step, self.stepper, self.ema, meta, self.settings.keep)
 
     def _heed(self) -> None:
-        if self.caught:
-            raise _Interrupted(self.caught[0])
-
-    def _refuse(self, loss: float) -> None:
-        """A loss or gradient that is no number: keep the batch, name the parameter, change nothing."""
-        name = optim.first_bad(self.model)
-        step = self.step - 1
-        indices = self.loader.batch(step)
-        batch = self._batch(step, indices, 0)
-        checkpoint.save_weights(
-            self.folder.file("bad_batch.safetensors"),
-            {k: v.contiguous() for k, v in batch.items()},
-            {"step": str(step)},
-        )
-        self.folder.write_json(
-            "bad_batch.json", {"step": step, "rows": indices.tolist(), "loss": str(loss), "parameter": name}
-        )
-        raise UserError(
-            tr(
-                f"step {self.step}: the loss is {loss}, the gradient of '{name}' not finite. The batch is kept in "
-                "bad_batch.safetensors (its rows in bad_batch.json). A smaller train.lr, train.clip, or "
-                "train.precision=float32 may help; the last checkpoint is whole",
-                f"第 {self.step} 步：损失为 {loss}，'{name}' 的梯度不是有限数。"
-                "该批次保存在 bad_batch.safetensors（行号在 bad_batch.json）。"
-                "可以试试减小 train.lr、设置 train.clip，或用 train.precision=float32；上一个检查点完好",
-            ),
-            str(self.folder.path),
-        )
+        """Stop where a signal asked to: one process at once, several at the step at which all have heard of it."""
+        if self.caught if self.crew.world == 1 else self.signalled:
+            raise _Interrupted(self.caught[0] if self.caught else signal.SIGTERM)
 
     def _announce(self) -> None:
         if self.taken is not None:
@@ -392,6 +340,10 @@ class Trainer:
         parameters = build.trainable(self.model)
         number = str(self.precision).removeprefix("torch.")
         where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
+        if self.crew.world > 1:
+            how, many = type(self.stepper.engine).__name__, self.crew.world
+            how = {"Copies": "ddp", "Shards": "fsdp"}[how]
+            where = tr(f"{many} processes ({how}) with {where} each", f"{many} 个进程（{how}），各 {where}")
         resumed = tr(f", resumed at step {self.step}", f"，从第 {self.step} 步继续") if self.step else ""
         self._say(
             tr(

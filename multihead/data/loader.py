@@ -15,27 +15,21 @@ class Loader:
     """Batches of example indices for training.
 
     `examples` is what is trained on (only its length is asked) or that length. `lengths` (one a row) puts rows of like
-    length in one batch. Rank r of `world` takes every world-th row of the batch, from row r: the global batch does not
-    depend on the number of ranks. The last incomplete batch of an epoch is dropped; with fewer rows than `batch_size`,
-    a batch is all rows.
+    length in one batch. The last incomplete batch of an epoch is dropped; with fewer rows than `batch_size`, a batch is
+    all rows. How a batch is shared by several processes says `shares`.
     """
 
     def __init__(self, examples: Sized | int, batch_size: int, *, seed: int = 0, shuffle: bool = True,
-                 lengths: np.ndarray | None = None, rank: int = 0, world: int = 1) -> None:
+                 lengths: np.ndarray | None = None) -> None:
         self.rows = examples if isinstance(examples, int) else len(examples)
         if self.rows < 1:
             raise UserError(tr("there are no rows to train on", "没有可以训练的数据行"))
-        if batch_size < 1 or not 0 <= rank < world:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}")
         self.batch_size = min(batch_size, self.rows)
-        if self.batch_size < world:
-            raise UserError(tr(
-                f"a batch of {self.batch_size} rows cannot be shared by {world} processes; "
-                f"give train.batch_size at least {world}, and at least as many rows",
-                f"一批 {self.batch_size} 行不够分给 {world} 个进程；train.batch_size 和数据行数都至少要有 {world}"))
         if lengths is not None and len(lengths) != self.rows:
             raise ValueError(f"{len(lengths)} lengths for {self.rows} rows")
-        self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
+        self.seed, self.shuffle = seed, shuffle
         self.lengths = None if lengths is None else np.asarray(lengths)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -45,12 +39,12 @@ class Loader:
         return self.rows // self.batch_size
 
     def batch(self, step: int) -> np.ndarray:
-        """This rank's row indices at `step` (from 0), (≤ batch_size,) int64."""
+        """The row indices of the global batch at `step` (from 0), (batch_size,) int64."""
         epoch, within = divmod(int(step), len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._make_order(epoch)
         start = within * self.batch_size
-        return self._order[start:start + self.batch_size][self.rank::self.world]
+        return self._order[start:start + self.batch_size]
 
     def _make_order(self, epoch: int) -> np.ndarray:
         used = len(self) * self.batch_size
@@ -65,6 +59,26 @@ class Loader:
             order[start:start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
         batches = order.reshape(len(self), self.batch_size)
         return batches[_permutation(len(self), self.seed, epoch, 1)].reshape(-1)
+
+
+def shares(rows: int, at_once: int | None = None, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
+    """The micro-batches of a batch that are this process's: (number in the batch, first row, last row + 1) of each.
+
+    A batch is cut into micro-batches of `at_once` rows (None: as many as there are processes), and those are dealt out
+    in turn, as many to each process. Which process works out which changes nothing: their noise goes by their numbers.
+    """
+    if rows < world:
+        raise UserError(tr(
+            f"a batch of {rows} rows cannot be shared by {world} processes; "
+            f"give train.batch_size at least {world}, and at least as many rows",
+            f"一批 {rows} 行不够分给 {world} 个进程；train.batch_size 和数据行数都至少要有 {world}"))
+    count = -(-rows // at_once) if at_once else world
+    if at_once and count % world == 0:
+        bounds = [min(n * at_once, rows) for n in range(count + 1)]
+    else:
+        count = min(-(-count // world), rows // world) * world
+        bounds = [n * rows // count for n in range(count + 1)]
+    return [(n, bounds[n], bounds[n + 1]) for n in range(rank, count, world)]
 
 
 def _permutation(n: int, seed: int, epoch: int, use: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import Problem, UserError, tr
 from ..run import file_hash, fsync_folder, replacing, write_atomic, writing
+from .sharding import fill, is_sharded, whole
 
 Tensors = dict[str, Tensor]
 _NAME = re.compile(r"step-(\d+)(\.old)?$")
@@ -40,8 +41,20 @@ _DTYPES = {
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The content of `tensor` in row-major order, without a copy where it lies so in memory already."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def hand_over(*groups: Mapping[str, Tensor], hashed: bool = False) -> None:
+    """What the other processes of a crew do while the first one calls `save` (with these groups) or, where `hashed`,
+    `save_weights`: lend their rows of each tensor, one after the other, so that nobody ever holds two whole ones."""
+    for tensors in groups:
+        for name in [*(sorted(tensors) if hashed else ()), *_order(tensors)]:
+            whole(tensors[name].detach())
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
@@ -51,7 +64,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     OSError with its number when the disk is full.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = _order(tensors)
     start = 0
     for name in order:
         tensor = tensors[name]
@@ -132,6 +145,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def _same(tensor: Tensor) -> tuple:
     """A key that two tensors share exactly where they are the same memory seen the same way."""
+    if is_sharded(tensor):
+        return ("sharded", id(tensor))
     if tensor.numel() == 0:
         return ("empty", id(tensor))
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
@@ -142,12 +157,12 @@ def aliases(model: nn.Module) -> tuple[Tensors, dict[str, str]]:
     tensors: Tensors = {}
     first: dict[tuple, str] = {}
     alias: dict[str, str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: only tensors can be saved, not {type(value).__name__}")
         owner = first.setdefault(_same(value), name)
         if owner == name:
-            tensors[name] = value
+            tensors[name] = value.detach()
         else:
             alias[name] = owner
     return tensors, alias
@@ -184,7 +199,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: str = "")
         raise UserError.many([Problem(head, where), *(Problem(p, where) for p in sorted(problems))])
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(given[name])
+            fill(value, given[name])
 
 
 # ---- nested state to flat tensors and back -------------------------------------------------------------------------
@@ -350,13 +365,18 @@ def _fault(path: Path, hashes: bool = True) -> str:
 def latest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint of the run folder, or None; and one message for each broken one that was skipped."""
     skipped: list[str] = []
-    for step, path in _found(Path(folder) / "checkpoints"):
+    for _, path in _found(Path(folder) / "checkpoints"):
         fault = _fault(path)
         if not fault:
-            state = json.loads((path / "state.json").read_text("utf-8"))
-            return Checkpoint(path, step, state["meta"], tuple(_manifest(path)["groups"])), skipped
+            return opened(path), skipped
         skipped.append(tr(f"skipped the broken checkpoint {path}: {fault}", f"跳过损坏的检查点 {path}：{fault}"))
     return None, skipped
+
+
+def opened(path: Path) -> Checkpoint:
+    """A checkpoint that is known to be whole."""
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    return Checkpoint(path, state["step"], state["meta"], tuple(_manifest(path)["groups"]))
 
 
 def _prune(parent: Path, step: int, keep: int) -> None:

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 
 from ..transformer.trunk import Trunk
 from .device import fast_bf16
+from .sharding import fill, is_sharded, like, local, locals_of, norm, share, whole
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024): the steepest slope at zero.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -86,16 +87,19 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in live:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum"] for parameter in live]
-        gradients = [parameter.grad for parameter in live if parameter.grad is not None]
+        averages = locals_of(self.state[parameter]["momentum"] for parameter in live)
+        gradients = locals_of(parameter.grad for parameter in live if parameter.grad is not None)
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, averages, momentum)
         if group["weight_decay"]:
-            torch._foreach_mul_(live, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(locals_of(live), 1 - lr * group["weight_decay"])
+        # A matrix of which each process holds some rows moves as a whole: all work out the same step.
+        updates = [whole(like(update, parameter)) for update, parameter in zip(updates, live, strict=True)]
+        moved = [torch.zeros_like(u) if is_sharded(p) else p for u, p in zip(updates, live, strict=True)]
         alike: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, update in zip(live, updates, strict=True):
+        for parameter, into, update in zip(live, moved, updates, strict=True):
             parts = _split(parameter)
-            blocks = zip(parameter.chunk(parts), update.chunk(parts), strict=True)
+            blocks = zip(into.chunk(parts), update.chunk(parts), strict=True)
             alike[(parameter.shape[0] // parts, parameter.shape[1], parameter.device, parameter.dtype)].extend(blocks)
         for (rows, columns, device, dtype), pairs in alike.items():
             targets, moves = zip(*pairs, strict=True)
@@ -103,6 +107,9 @@ class MuonAdamW(torch.optim.Optimizer):
             straight = orthogonalize(torch.stack(moves), group["steps"], number).to(dtype)
             scale = 0.2 * math.sqrt(max(rows, columns)) if group["match_rms"] else math.sqrt(max(1.0, rows / columns))
             torch._foreach_add_(targets, straight.unbind(0), alpha=-lr * scale)
+        for parameter, change in zip(live, moved, strict=True):
+            if is_sharded(parameter):
+                local(parameter).add_(local(share(change, parameter)))
 
     def _adamw(self, group: dict[str, Any], live: list[Tensor]) -> None:
         for parameter in live:
@@ -113,8 +120,9 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in live]
         first, second = group["betas"]
         adamw(
-            live, [parameter.grad for parameter in live],  # type: ignore[misc]
-            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            locals_of(live), locals_of(parameter.grad for parameter in live),  # type: ignore[misc]
+            locals_of(s["exp_avg"] for s in states), locals_of(s["exp_avg_sq"] for s in states), [],
+            [s["step"] for s in states],
             fused=True, amsgrad=False, beta1=first, beta2=second, lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
@@ -261,14 +269,14 @@ def clip(parameters: Iterable[Tensor], max_norm: float | None = None, scale: flo
     gradients = [_numbers(parameter) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * scale
+    length = norm(gradients) * scale
     factor: Tensor | float = scale
     if max_norm:
         # A norm that is no number must not spread to every gradient: `first_bad` still has to find the one at fault.
-        factor = torch.where(norm.isfinite(), scale * (max_norm / (norm + 1e-6)).clamp(max=1.0), scale)
+        factor = torch.where(length.isfinite(), scale * (max_norm / (length + 1e-6)).clamp(max=1.0), scale)
     if not isinstance(factor, float) or factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
-    return norm
+        torch._foreach_mul_(locals_of(gradients), factor)
+    return length
 
 
 def _numbers(parameter: Tensor) -> Tensor:
@@ -283,10 +291,10 @@ def _numbers(parameter: Tensor) -> Tensor:
 def first_bad(model: nn.Module) -> str | None:
     """The name of the first parameter whose gradient, or else whose value, is not finite; None where all are."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not _numbers(parameter).isfinite().all():
+        if parameter.grad is not None and not local(_numbers(parameter)).isfinite().all():
             return name
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not local(parameter).isfinite().all():
             return name
     return None
 
@@ -311,7 +319,7 @@ class EMA:
         """Takes the model's present weights in."""
         self.updates += 1
         weight = (1 - self.decay) / (1 - self.decay**self.updates)
-        torch._foreach_lerp_(list(self._mean.values()), list(self._live.values()), weight)
+        torch._foreach_lerp_(locals_of(self._mean.values()), locals_of(self._live.values()), weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, to be saved beside `updates`."""
@@ -323,7 +331,7 @@ class EMA:
         if tensors.keys() != self._mean.keys():
             raise KeyError(f"averages differ in names: {sorted(tensors.keys() ^ self._mean.keys())[:5]}")
         for name, mean in self._mean.items():
-            mean.copy_(tensors[name])
+            fill(mean, tensors[name])
         self.updates = updates
 
     @contextmanager
@@ -338,6 +346,7 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._live.items():
-            own = parameter.clone()
-            parameter.copy_(self._mean[name])
-            self._mean[name].copy_(own)
+            here, mean = local(parameter), local(self._mean[name])
+            own = here.clone()
+            here.copy_(mean)
+            mean.copy_(own)

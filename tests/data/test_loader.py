@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multihead.data.loader import Loader, sequential
+from multihead.data.loader import Loader, sequential, shares
 from multihead.errors import UserError
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**40), st.booleans(), st.booleans())
@@ -41,17 +41,23 @@ def test_a_batch_depends_on_seed_and_step_alone(sizes, steps):
 
 
 @settings(deadline=None)
-@given(SIZES, st.integers(1, 5), st.integers(0, 1000))
-def test_ranks_share_the_batch_of_one_process(sizes, world, step):
-    if min(sizes[:2]) < world:
+@given(st.integers(1, 200), st.none() | st.integers(1, 250), st.integers(1, 9))
+def test_processes_share_a_batch_without_overlap_or_loss(rows, at_once, world):
+    if rows < world:
         with pytest.raises(UserError, match="shared by"):
-            make(sizes, world=world)
+            shares(rows, at_once, 0, world)
         return
-    whole = make(sizes).batch(step)
-    parts = [make(sizes, rank=r, world=world).batch(step) for r in range(world)]
-    assert sorted(np.concatenate(parts)) == sorted(whole)
-    for rank, part in enumerate(parts):
-        np.testing.assert_array_equal(part, whole[rank::world])
+    dealt = [shares(rows, at_once, rank, world) for rank in range(world)]
+    assert len({len(mine) for mine in dealt}) == 1, "every process takes part in every sum of gradients"
+    micros = sorted(micro for mine in dealt for micro in mine)
+    assert [number for number, _, _ in micros] == list(range(len(micros)))
+    covered = [row for _, start, stop in micros for row in range(start, stop)]
+    assert covered == list(range(rows)) and all(start < stop for _, start, stop in micros)
+    if at_once:  # a row too many only where each process would else have to work on less than one
+        assert max(stop - start for _, start, stop in micros) <= max(at_once, 2)
+    if world == 1:
+        size = at_once or rows
+        assert micros == [(n, start, min(start + size, rows)) for n, start in enumerate(range(0, rows, size))]
 
 
 def test_epochs_and_seeds_differ():
@@ -95,6 +101,6 @@ def test_sequential_covers_every_row_once(n, batch_size, sort):
 def test_nothing_to_train_on():
     with pytest.raises(UserError, match="no rows"):
         Loader([], 8)
-    for wrong in ({"rank": 2, "world": 2}, {"batch_size": 0}, {"lengths": np.ones(3)}):
+    for wrong in ({"batch_size": 0}, {"lengths": np.ones(3)}):
         with pytest.raises(ValueError):
             Loader(**{"examples": 8, "batch_size": 4, **wrong})
