@@ -15,7 +15,8 @@ from multihead import recipe as recipes
 from multihead import strict_yaml
 from multihead import task as tasks
 from multihead.data.aligned import named_files
-from multihead.data.images import parts_of
+from multihead.data.columns import MEDIA
+from multihead.data.folders import parts_of
 from multihead.data.rows import open_rows
 from multihead.errors import UserError, language, tr
 from multihead.run import replacing
@@ -57,8 +58,8 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
         task = os.path.join(".", _relative(task, out.parent))
     else:
         kind = tasks.find(task)
-    parts = parts_of(Path(data[0])) if len(data) == 1 and kind.columns[0].kind == "image" else {}
-    data = [str(parts.pop("train"))] if parts else data
+    parts = parts_of(data[0]) if len(data) == 1 and any(c.kind in MEDIA for c in kind.columns) else {}
+    data = [parts.pop("train")] if parts else data
     rows = open_rows(list(data), kind.events or kind.columns, base=Path())
     mapping = next(iter(rows.guess["files"]))["mapping"]
     columns = {ours: theirs for ours, theirs in mapping.items() if theirs}
@@ -68,7 +69,7 @@ def write_recipe(task: str, data: Sequence[str], out: Path, force: bool = False)
         files = {column: _relative(item, out.parent) for column, item in named.items()}
     elif len(files) == 1:
         files = files[0]
-    others = {part: _relative(str(path), out.parent) for part, path in parts.items()}
+    others = {part: _relative(path, out.parent) for part, path in parts.items()}
     text = _compose(task, kind, files, columns, out, others)
     with replacing(out) as part:
         part.write_text(text, encoding="utf-8")

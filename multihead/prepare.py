@@ -20,6 +20,8 @@ import torch
 
 from multihead import recipe as recipes
 from multihead import strict_yaml
+from multihead.data.columns import MEDIA
+from multihead.data.folders import parts_of
 from multihead.data.rows import Row, Rows, open_rows
 from multihead.data.store import Store, StoreWriter
 from multihead.dealing import PARTS, Dealt, PartRows, Tick, conflicts, count, deal, names, refuse_many, refuse_none
@@ -179,7 +181,7 @@ def _write(recipe: Recipe, task: Task, sources: Mapping[str, Rows], dealt: Mappi
         "dropped": recipe.data.deduplicate,
     }
     report["conflicts"] = conflicts(dealt.values(), task)
-    report["data"] = files_of(path for source in sources.values() for path in source.files)
+    report["data"] = files_of(dict.fromkeys(path for source in sources.values() for path in source.files))
     report["origin"] = files_of(task.origin.files()) if task.origin is not None else {}
     (work / "codec").mkdir()
     task.save(work / "codec")
@@ -357,11 +359,15 @@ def differences(then: dict[str, Any], now: dict[str, Any], at: str = "") -> list
 
 
 def _open_all(data: Data, task: Task, base: Path) -> dict[str, Rows]:
-    """The rows of every part that has files of its own. UserError with what is wrong in any of them."""
+    """The rows of every part that has files of its own; a folder or an archive of pictures, clips or recordings may
+    hold several. UserError with what is wrong in any of them."""
     sources: dict[str, Rows] = {}
     problems: list[Problem] = []
-    for part in PARTS:
-        paths = getattr(data, part)
+    named: dict[str, Files | None] = {part: getattr(data, part) for part in PARTS}
+    alone = data.valid is None and data.test is None
+    if alone and isinstance(data.train, str) and any(column.kind in MEDIA for column in task.columns):
+        named |= parts_of(data.train, base)
+    for part, paths in named.items():
         if paths is None:
             continue
         try:

@@ -1,4 +1,4 @@
-"""Archives read in place: zip, and tar (also gzipped), member by member; nothing is ever unpacked onto the disk.
+"""Archives read in place: zip, and tar (also gzipped), member by member, each only as far as it is wanted.
 
 A member's name is only a name here: one that climbs out (``../x``) or is absolute makes the archive refused, links and
 devices are passed over, and what unpacks beyond all reason is refused before it is read.
@@ -7,19 +7,66 @@ devices are passed over, and what unpacks beyond all reason is refused before it
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from multihead.data.files import BOMB_BYTES, BOMB_RATIO, Source, read_chunks, read_head
+from multihead.data.files import BOMB_BYTES, BOMB_RATIO, CHUNK, Source, read_chunks, read_head
 from multihead.errors import UserError, tr
 
 MAX_MEMBER = 64 << 20
-"""Longest member that is read."""
+"""Longest member that is read into memory."""
 _PASSED = ("__MACOSX",)
+
+
+class Member:
+    """A plain file of an archive. Its bytes can be read as long as the next member has not been asked for.
+
+    Every reading raises UserError where the archive is damaged or ends too early.
+    """
+
+    def __init__(self, name: str, size: int, opened: Callable[[], Any],
+                 told: Callable[[], AbstractContextManager[None]]) -> None:
+        self.name, self.size = name, size
+        self._opened, self._told = opened, told
+        self._file: Any = None
+        self._head = b""
+
+    def head(self, count: int) -> bytes:
+        """Its first `count` bytes, or all where there are fewer."""
+        with self._told():
+            self._file = self._opened() if self._file is None else self._file
+            while len(self._head) < count and (more := self._file.read(count - len(self._head))):
+                self._head += more
+        return self._head[:count]
+
+    def chunks(self) -> Iterator[bytes]:
+        """All its bytes, at most `CHUNK` at a time; once only."""
+        self.head(1)
+        chunk, count = self._head, 0
+        while chunk:
+            count += len(chunk)
+            yield chunk
+            with self._told():
+                chunk = self._file.read(CHUNK)
+        if count != self.size:
+            with self._told():
+                raise EOFError(self.name)
+
+    def close(self) -> None:
+        """Let go of what was opened to read it."""
+        if self._file is not None:
+            self._file.close()
+
+    def content(self, most: int = MAX_MEMBER) -> bytes | None:
+        """All its bytes; None where they are more than `most`."""
+        return None if self.size > most else b"".join(self.chunks())
 
 
 def is_archive(head: bytes) -> bool:
@@ -27,16 +74,16 @@ def is_archive(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar"
 
 
-def members(source: Source, most: int = MAX_MEMBER) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of every plain file of an archive, in its order; None for one of more than `most` bytes.
+def members(source: Source) -> Iterator[Member]:
+    """Every plain file of an archive, in its order.
 
     Hidden files and macOS's own are left out. Raises UserError: damaged, encrypted, names that climb out, a bomb.
     """
     zipped = read_head(source, 4)[0].startswith(b"PK")
-    for name, content in _zip(source, most) if zipped else _tar(source, most):
-        parts = PurePosixPath(name).parts
+    for member in _zip(source) if zipped else _tar(source):
+        parts = PurePosixPath(member.name).parts
         if not any(part.startswith(".") or part in _PASSED for part in parts):
-            yield name, content
+            yield member
 
 
 def _checked(name: str, source: Source) -> str:
@@ -48,36 +95,48 @@ def _checked(name: str, source: Source) -> str:
     return "/".join(parts)
 
 
+@contextmanager
+def _told(source: Source) -> Iterator[None]:
+    """What the libraries raise on an archive that is not whole, as a person's error."""
+    try:
+        yield
+    except (EOFError, tarfile.ReadError) as error:
+        if isinstance(error, tarfile.ReadError) and "end of data" not in str(error):
+            raise _damaged(source, error) from None
+        raise UserError(tr("this archive ends too early: it was not copied whole; fetch it again",
+                           "这个压缩包不完整（提前结束）；请重新获取"), source.name) from None
+    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, struct.error, RuntimeError, OSError, ValueError) as error:
+        raise _damaged(source, error) from None
+
+
 def _damaged(source: Source, error: object) -> UserError:
     return UserError(tr(f"this archive is damaged ({error}); fetch it again",
                         f"这个压缩包已损坏（{error}）；请重新获取"), source.name)
 
 
-def _zip(source: Source, most: int) -> Iterator[tuple[str, bytes | None]]:
-    try:
-        with zipfile.ZipFile(source.path) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
-            total, size = sum(info.file_size for info in infos), source.path.stat().st_size
-            if total > BOMB_BYTES and total > BOMB_RATIO * size:
-                raise UserError(tr(f"this zip archive unpacks to more than {BOMB_RATIO} times its size: it looks "
-                                   "like a trap; unpack it yourself if you trust it",
-                                   f"这个 zip 解压后超过原来的 {BOMB_RATIO} 倍，像是“压缩炸弹”；"
-                                   "如果信任它，请自行解压"), source.name)
-            names = {id(info): _checked(info.filename, source) for info in infos}
-            for info in infos:
-                if (info.external_attr >> 16) & 0o170000 == 0o120000:  # a symbolic link
-                    continue
-                if info.flag_bits & 1:
-                    raise UserError(tr("this zip archive is encrypted: unpack it yourself",
-                                       "这个 zip 已加密：请自行解压"), source.name)
-                if info.file_size > most:
-                    yield names[id(info)], None
-                    continue
-                with archive.open(info) as file:
-                    content = file.read(info.file_size + 1)
-                yield names[id(info)], content
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-        raise _damaged(source, error) from None
+def _trap(source: Source, kind: str) -> UserError:
+    return UserError(tr(f"this {kind} archive unpacks to more than {BOMB_RATIO} times its size: it looks like a trap; "
+                        "unpack it yourself if you trust it",
+                        f"这个 {kind} 解压后超过原来的 {BOMB_RATIO} 倍，像是“压缩炸弹”；"
+                        "如果信任它，请自行解压"), source.name)
+
+
+def _zip(source: Source) -> Iterator[Member]:
+    with _told(source), zipfile.ZipFile(source.path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        total, size = sum(info.file_size for info in infos), source.path.stat().st_size
+        if total > BOMB_BYTES and total > BOMB_RATIO * size:
+            raise _trap(source, "zip")
+        names = {id(info): _checked(info.filename, source) for info in infos}
+        for info in infos:
+            if (info.external_attr >> 16) & 0o170000 == 0o120000:  # a symbolic link
+                continue
+            if info.flag_bits & 1:
+                raise UserError(tr("this zip archive is encrypted: unpack it yourself",
+                                   "这个 zip 已加密：请自行解压"), source.name)
+            member = Member(names[id(info)], info.file_size, partial(archive.open, info), partial(_told, source))
+            yield member
+            member.close()
 
 
 class _Chunks(io.RawIOBase):
@@ -101,26 +160,24 @@ class _Chunks(io.RawIOBase):
         return count
 
 
-def _tar(source: Source, most: int) -> Iterator[tuple[str, bytes | None]]:
+def _tar(source: Source) -> Iterator[Member]:
     chunks = _Chunks(source)
-    try:
+    with _told(source):
         file = io.BufferedReader(chunks, 1 << 18)
         with tarfile.open(fileobj=file, mode="r|") as archive:
             for info in archive:
                 name = _checked(info.name, source)
                 if not info.isreg():
                     continue
-                member = archive.extractfile(info)
-                content = None if info.size > most or member is None else member.read()
-                if content is not None and len(content) != info.size:
-                    raise EOFError(name)
-                yield name, content
+                if info.size > BOMB_BYTES and info.size > BOMB_RATIO * _stored(info):
+                    raise _trap(source, "tar")
+                yield Member(name, info.size, partial(archive.extractfile, info), partial(_told, source))
         while file.read(1 << 18):
             pass
         if chunks.last.strip(b"\0"):  # a whole archive ends with empty blocks
             raise EOFError("…")
-    except EOFError:
-        raise UserError(tr("this archive ends too early: it was not copied whole; fetch it again",
-                           "这个压缩包不完整（提前结束）；请重新获取"), source.name) from None
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise _damaged(source, error) from None
+
+
+def _stored(info: Any) -> int:
+    """Bytes that a member has in the archive, where one with holes is written without them."""
+    return sum(length for _, length in info.sparse) if info.issparse() else info.size

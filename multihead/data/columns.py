@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from multihead.data import audio, images, video
 from multihead.data.events import guess_log, ids_of, seconds
+from multihead.data.media import path_of
 from multihead.data.squad import answers
 from multihead.errors import Problem, UserError, nearest, tr
 
@@ -197,7 +198,7 @@ def blank(value: Any) -> bool:
 def _usable(column: Column, values: Sequence[Any]) -> bool:
     """Whether a column called right can be what is wanted: not where every value in it is of another kind."""
     present = [v for v in values if not blank(v)]
-    if column.kind in MEDIA and any(images.path_of(v) for v in present):
+    if column.kind in MEDIA and any(path_of(v) for v in present):
         return True
     return not present or any(not convert(column, v)[1] for v in present)
 

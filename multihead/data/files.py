@@ -51,12 +51,14 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 class Source:
     """One file of data: its path, how messages call it, and the folder name that labels it, if any.
 
-    `content`: of a file that lies in an archive, its bytes; `path` is then the archive's."""
+    `content`: of a file that lies in an archive, its bytes; `path` is then the archive's. `inside`: the folder of an
+    archive that alone is meant."""
 
     path: Path
     name: str
     label: str | None = None
     content: bytes | None = None
+    inside: str = ""
 
 
 def os_error(name: str, error: OSError) -> UserError:
@@ -65,11 +67,12 @@ def os_error(name: str, error: OSError) -> UserError:
     return UserError(tr(f"this file cannot be read: {reason}", f"无法读取这个文件：{reason}"), where=name)
 
 
-def find_sources(paths: Paths, base: Path) -> tuple[list[Source], list[str]]:
+def find_sources(paths: Paths, base: Path, archives: bool = False) -> tuple[list[Source], list[str]]:
     """(the files that `paths` means, in order and once each; names of files in folders that were passed over).
 
     Relative paths start from `base`; messages call a file as the person did. A folder means every file in it and below
-    it, sorted by name, but for hidden ones and READMEs and licences. Raises UserError: nothing there.
+    it, sorted by name, but for hidden ones and READMEs and licences. With `archives`, ``photos.zip/train`` means what
+    lies in that folder of the archive. Raises UserError: nothing there.
     """
     items = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not items:
@@ -80,7 +83,7 @@ def find_sources(paths: Paths, base: Path) -> tuple[list[Source], list[str]]:
     skipped: list[str] = []
     for item in items:
         try:
-            found, passed = _expand(os.fspath(item), base)
+            found, passed = _expand(os.fspath(item), base, archives)
         except UserError as error:
             problems += error.problems
             continue
@@ -88,14 +91,14 @@ def find_sources(paths: Paths, base: Path) -> tuple[list[Source], list[str]]:
             problems += os_error(os.fspath(item), error).problems
             continue
         for source in found:
-            sources.setdefault(os.path.abspath(source.path), source)
+            sources.setdefault(os.path.join(os.path.abspath(source.path), source.inside), source)
         skipped += passed
     if problems:
         raise UserError.many(problems)
     return list(sources.values()), skipped
 
 
-def _expand(item: str, base: Path) -> tuple[list[Source], list[str]]:
+def _expand(item: str, base: Path, archives: bool) -> tuple[list[Source], list[str]]:
     if not item.strip() or "\0" in item:
         raise UserError(tr(f"{item!r} is not the name of a file", f"{item!r} 不是文件名"))
     path = base / os.path.expanduser(item)
@@ -107,6 +110,11 @@ def _expand(item: str, base: Path) -> tuple[list[Source], list[str]]:
         raise UserError(tr("this is neither a file nor a folder", "这既不是文件也不是文件夹"), where=item)
     if any(c in item for c in "*?["):
         return _glob(path, item)
+    archive = next((above for above in path.parents if above.is_file()), None) if archives else None
+    if archive is not None:
+        inside = path.relative_to(archive)
+        shown = Path(*Path(item).parts[: -len(inside.parts)])
+        return [Source(archive, f"{shown}/{inside.as_posix()}", inside=inside.as_posix())], []
     hint = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UserError(tr(f"there is no such file or folder{hint}; relative paths start from {base}",
                        f"没有这个文件或文件夹{hint}；相对路径从 {base} 开始"), where=item)

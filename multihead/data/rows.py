@@ -70,17 +70,17 @@ def open_rows(paths: Paths | Mapping[str, Paths], columns: Sequence[Column],
     columns = [c for c in columns if c.kind != "any" or not c.name.isdecimal()]
     wanted = Wanted(columns, {k: str(v) for k, v in (mapping or {}).items()}, encoding, delimiter, header)
     if any(column.kind == "video" for column in columns):
-        from multihead.data.clips import open_clips
+        from multihead.data.clips import ClipRows
 
-        return open_clips(paths, wanted, Path(base))
+        return ClipRows(paths, wanted, Path(base))
     if any(column.kind == "image" for column in columns):
-        from multihead.data.pictures import open_pictures
+        from multihead.data.pictures import PictureRows
 
-        return open_pictures(paths, wanted, Path(base))
+        return PictureRows(paths, wanted, Path(base))
     if any(column.kind == "audio" for column in columns):
-        from multihead.data.recordings import open_recordings
+        from multihead.data.recordings import RecordingRows
 
-        return open_recordings(paths, wanted, Path(base))
+        return RecordingRows(paths, wanted, Path(base))
     sources, skipped = find_sources(paths, Path(base))
     files, problems = [], []
     for source in sources:
