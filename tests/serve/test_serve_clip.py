@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
-from test_serve_page import browser, serving, visit  # noqa: F401
+from test_serve_page import browser, dropped, serving, visit  # noqa: F401
 
 from multihead.data.video import to_uri
 from multihead.serve.app import Served
@@ -34,12 +34,7 @@ def test_a_clip_is_chosen_dropped_or_tried(visit, tmp_path):  # noqa: F811
         page.locator(".chips button").click()
         page.wait_for_function("() => document.querySelectorAll('.answer').length === 2")
         assert page.locator(".answer img").get_attribute("src") == still  # a browser shows a GIF as a picture
-        transfer = page.evaluate_handle("""(text) => {
-            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), data = new DataTransfer();
-            data.items.add(new File([bytes], "a.mp4", { type: "video/mp4" }));
-            return data;
-        }""", uri.partition(",")[2])
-        page.dispatch_event(".drop", "drop", {"dataTransfer": transfer})
+        assert dropped(page, uri, ".drop") == {"model": "film", "input": {"video": uri}}
         page.wait_for_function("() => document.querySelectorAll('.answer').length === 3")
         (tmp_path / "bad.mp4").write_bytes(b"no clip")
         page.locator("input[type=file]").set_input_files(tmp_path / "bad.mp4")
