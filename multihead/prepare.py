@@ -106,10 +106,14 @@ def give_origin(recipe: Recipe, task: Task, folder: RunFolder) -> None:
     if task.origin.reads == "pictures":
         raise UserError(tr(f"these weights read pictures ({task.origin.family}), and {recipe.task} has none",
                            f"这些权重读取图片（{task.origin.family}），而 {recipe.task} 没有图片"), path)
-    raise UserError(tr(f"these weights read texts ({task.origin.family}), and {recipe.task} has none; start from a ViT "
-                       "or DeiT, or from a run of image-classification",
-                       f"这些权重读取文本（{task.origin.family}），而 {recipe.task} 没有文本；"
-                       "请从 ViT、DeiT 或 image-classification 的训练结果开始"), path)
+    if task.origin.reads == "sound":
+        raise UserError(tr(f"these weights read recordings ({task.origin.family}), and {recipe.task} has none",
+                           f"这些权重读取录音（{task.origin.family}），而 {recipe.task} 没有录音"), path)
+    hears = any(column.kind == "audio" for column in task.inputs())
+    en, zh = ("a Whisper", "Whisper") if hears else ("a ViT or DeiT, or from a run of image-classification",
+                                                     "ViT、DeiT 或 image-classification 的训练结果")
+    raise UserError(tr(f"these weights read texts ({task.origin.family}), and {recipe.task} has none; start from {en}",
+                       f"这些权重读取文本（{task.origin.family}），而 {recipe.task} 没有文本；请从 {zh} 开始"), path)
 
 
 def prepare(

@@ -33,9 +33,11 @@ def origin(source: Source, problems: list[Problem]) -> Any:
 
 
 def suits(task: Any, origin: Any) -> bool:
-    """Whether weights that read pictures, or texts, are for a task that has any."""
+    """Whether weights that read pictures, sound or texts are for a task that has any."""
     kinds, pictures = {column.kind for column in task.columns if not column.target}, {"image", "video"}
-    return bool(kinds & pictures) if origin.reads == "pictures" else not kinds or not kinds <= pictures
+    if origin.reads != "text":
+        return bool(kinds & ({"audio"} if origin.reads == "sound" else pictures))
+    return not kinds or not kinds <= {*pictures, "audio"}
 
 
 def defaults(task: Any, origin: Any) -> dict[str, Any]:

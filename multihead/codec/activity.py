@@ -116,6 +116,25 @@ def original(times: np.ndarray, spans_K2: np.ndarray, ends: bool = False) -> np.
     return spans_K2[at, 0] + np.minimum(np.asarray(times) - begins[at], sizes[at])
 
 
+def quietest(level_T: np.ndarray) -> int:
+    """The frame in the middle of the quietest fifth of a second of (T,) decibels."""
+    width = min(20, len(level_T))
+    power = np.convolve(10 ** (np.asarray(level_T, np.float64) / 10), np.ones(width), "valid")
+    return int(power.argmin()) + width // 2
+
+
+def pieces(samples_N: np.ndarray, longest: int) -> list[tuple[int, int]]:
+    """First and last+1 sample of pieces of (N,) int16 that are at most `longest`, end to end; cut where it is quietest
+    in the second half of what may be taken."""
+    found, start = [], 0
+    while len(samples_N) - start > longest:
+        middle = start + longest // 2
+        end = middle + quietest(levels(samples_N[middle : start + longest])) * FRAME
+        found.append((start, end))
+        start = end
+    return [*found, (start, len(samples_N))]
+
+
 # -- sound as it comes -------------------------------------------------------------------------------------------------
 
 
@@ -196,9 +215,8 @@ class Listener:
 
     def _cut(self, found: list[Heard]) -> None:
         """End an utterance that goes on, at its quietest fifth of a second late in it."""
-        width, first = 20, len(self.levels) * 3 // 4
-        late = np.convolve(10 ** (np.array(self.levels[first:]) / 10), np.ones(width), "valid")
-        at = first + int(late.argmin()) + width // 2
+        first = len(self.levels) * 3 // 4
+        at = first + quietest(np.array(self.levels[first:]))
         found.append(Heard(self.held[: at * FRAME].copy(), self.read - len(self.held), True))
         self._forget(at)
 
@@ -214,4 +232,5 @@ class Listener:
         return [Heard(self.held, self.read - len(self.held), True)] if self.speaking else []
 
 
-__all__ = ["Heard", "Listener", "active", "joined", "levels", "original", "spoken", "stretches"]
+__all__ = ["Heard", "Listener", "active", "joined", "levels", "original", "pieces", "quietest", "spoken",
+           "stretches"]

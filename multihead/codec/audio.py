@@ -254,6 +254,10 @@ class LogMel(nn.Module):
         for name, values in (("bank_MF", filter_bank(mels)), ("mean_M", list(mean)), ("std_M", list(std))):
             self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)), persistent=False)
 
+    def frames(self, lengths_B: Tensor) -> Tensor:
+        """How many frames each recording has."""
+        return frames_of(lengths_B)
+
     def forward(self, samples_BN: Tensor, lengths_B: Tensor) -> Tensor:
         with torch.autocast(samples_BN.device.type, enabled=False), torch.no_grad():
             x_BTM = (mel_spectrogram(samples_BN.float() / 32768, self.bank_MF) + 1e-10).log()
@@ -264,11 +268,48 @@ class LogMel(nn.Module):
             return (x_BTM - mean_B11 - self.mean_M) / self.std_M * real_BT1
 
 
-class AudioCodec:
-    """Recordings (data URIs) → (N,) int16 at `RATE`; mean and deviation of each mel band, for `LogMel`."""
+class WhisperMel(nn.Module):
+    """int16 samples (B, N) with lengths (B,) → log-mel frames (B, T, M) as Whisper hears them (Radford et al. 2022,
+    section 2.2): of `window` samples, whatever is there, silence behind it; 80 dB below the loudest is silence too.
+    """
 
-    def __init__(self, mels: int, mean: Iterable[float], std: Iterable[float]) -> None:
+    bank_MF: Tensor
+
+    def __init__(self, mels: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("bank_MF", torch.from_numpy(filter_bank(mels, fft=WINDOW)), persistent=False)
+
+    def frames(self, lengths_B: Tensor) -> Tensor:
+        """How many frames each recording has."""
+        return torch.full_like(lengths_B, self.window // HOP)
+
+    def forward(self, samples_BN: Tensor, lengths_B: Tensor) -> Tensor:
+        with torch.autocast(samples_BN.device.type, enabled=False), torch.no_grad():
+            x_BN = nn.functional.pad(samples_BN.float() / 32768, (0, self.window - samples_BN.shape[1]))
+            hann = torch.hann_window(WINDOW, device=x_BN.device)
+            wave_BFT = torch.stft(x_BN, WINDOW, HOP, window=hann, pad_mode="reflect", return_complex=True)[..., :-1]
+            power_BMT = self.bank_MF @ (wave_BFT.real.square() + wave_BFT.imag.square())
+            x_BMT = power_BMT.clamp(min=1e-10).log10()
+            x_BMT = x_BMT.maximum(x_BMT.amax((1, 2), keepdim=True) - 8)
+            return (x_BMT.mT + 4) / 4
+
+
+class AudioCodec:
+    """Recordings (data URIs) → (N,) int16 at `RATE`; mean and deviation of each mel band, for `LogMel`.
+
+    Args:
+        window: samples that are always heard at once, for `WhisperMel`; 0: `LogMel`.
+    """
+
+    def __init__(self, mels: int, mean: Iterable[float], std: Iterable[float], window: int = 0) -> None:
         self.mels, self.mean, self.std = mels, [float(v) for v in mean], [float(v) for v in std]
+        self.window = window
+
+    @classmethod
+    def whisper(cls, mels: int, window: int) -> AudioCodec:
+        """That of weights of Whisper, which needs nothing of the data."""
+        return cls(mels, np.zeros(mels), np.ones(mels), window)
 
     @classmethod
     def fit(cls, recordings: Iterable[str], mels: int = 80, most: float = 3600.0) -> AudioCodec:
@@ -302,14 +343,14 @@ class AudioCodec:
         """A data URI → (N,) int16 and the rate it had. UserError as `decoded`."""
         return decoded(from_uri(recording), longest)
 
-    def features(self) -> LogMel:
+    def features(self) -> LogMel | WhisperMel:
         """The module from samples to frames."""
-        return LogMel(self.mels, self.mean, self.std)
+        return WhisperMel(self.mels, self.window) if self.window else LogMel(self.mels, self.mean, self.std)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``audio.json`` into `folder`."""
         about = {"rate": RATE, "hop": HOP, "window": WINDOW, "fft": FFT, "mels": self.mels, "mean": self.mean,
-                 "std": self.std}
+                 "std": self.std, "whole": self.window}
         write_json(Path(folder) / FILE, about)
 
     @classmethod
@@ -318,7 +359,7 @@ class AudioCodec:
         path = Path(folder) / FILE
         try:
             about = json.loads(path.read_text("utf-8"))
-            codec = cls(int(about["mels"]), about["mean"], about["std"])
+            codec = cls(int(about["mels"]), about["mean"], about["std"], int(about.get("whole", 0)))
             if len(codec.mean) != codec.mels or len(codec.std) != codec.mels or about["rate"] != RATE:
                 raise ValueError("sizes")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -362,5 +403,5 @@ def spec_augment(x_BTM: Tensor, spans: Tensor) -> Tensor:
     return x_BTM.masked_fill(hit_BTM, 0.0)
 
 
-__all__ = ["HOP", "LONGEST", "RATE", "AudioCodec", "LogMel", "decoded", "filter_bank", "frames_of", "mel_spectrogram",
-           "noisy", "resampled", "resampling", "spec_augment", "wav"]
+__all__ = ["HOP", "LONGEST", "RATE", "AudioCodec", "LogMel", "WhisperMel", "decoded", "filter_bank", "frames_of",
+           "mel_spectrogram", "noisy", "resampled", "resampling", "spec_augment", "wav"]

@@ -16,6 +16,25 @@ FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 """Pillow's numbers for ways to resize."""
 
 
+def check_hearing(path: Path, mels: int, positions: int) -> float:
+    """The seconds that weights for sound hear at once.
+
+    Raises:
+        UserError: the file says other spectrograms than `multihead.codec.audio.WhisperMel` makes, or more or fewer of
+            them than the weights have positions for; each with its key. Where there is none, they are as usual.
+    """
+    values = read_json(path) if path.is_file() else {}
+    seconds = positions / 50
+    wanted = {"feature_size": mels, "sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "chunk_length": seconds,
+              "do_normalize": False, "dither": 0.0, "padding_value": 0.0}
+    problems = [Problem(tr(f"{key} is {values[key]!r}; for these weights it must be {value:g}",
+                           f"{key} 是 {values[key]!r}；这些权重需要 {value:g}"), str(path))
+                for key, value in wanted.items() if values.get(key, value) != value]
+    if problems:
+        raise UserError.many(problems)
+    return seconds
+
+
 def read_processor(path: Path, size: int, channels: int) -> ImageCodec:
     """The codec of weights for pictures of `size` × `size`.
 

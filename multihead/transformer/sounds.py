@@ -6,6 +6,7 @@ Legend: B batch, T frames, M mel bands, W channels of the convolutions, S = ⌈T
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
@@ -18,6 +19,26 @@ SUBSAMPLING = 4
 def subsampled(frames: Tensor) -> Tensor:
     """Positions of so many frames."""
     return ((frames + 1) // 2 + 1) // 2
+
+
+class BandInput(nn.Module):
+    """Frames (B, T, M) with lengths (B,) → vectors (B, ⌈T / 2⌉, D), and their lengths.
+
+    Two convolutions of 3 over time, bands as channels, the second of stride 2; each with GELU; then learned positions
+    (Radford et al. 2022, "Whisper", section 2.2).
+    """
+
+    def __init__(self, config: TransformerConfig, bands: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(bands, config.d_model, 3, padding=1)
+        self.second = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
+        self.position = nn.Embedding(config.max_length, config.d_model)
+        nn.init.normal_(self.position.weight, std=config.d_model**-0.5)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x_BTM: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        x_BDS = F.gelu(self.second(F.gelu(self.first(x_BTM.mT))))
+        return self.dropout(x_BDS.mT + self.position.weight[: x_BDS.shape[2]]), (lengths_B + 1) // 2
 
 
 class SoundInput(nn.Module):

@@ -157,7 +157,7 @@ class Family:
     tied: bool = True
     """Whether the output shares the embedding where config.json does not say."""
     reads: str = "text"
-    """"text" or "pictures"."""
+    """"text", "pictures" or "sound"."""
     architectures: tuple[str, ...] = ()
     """The classes that are this family, where others share the model type."""
     options: Options = field(default_factory=dict)
@@ -168,6 +168,8 @@ class Family:
     """The same the other way."""
     entry: Callable[[TransformerConfig, int, Options], nn.Module] = lambda config, size, _: TokenInput(config, size)
     """What makes vectors of tokens or patches, by the shape, the vocabulary's size and the options."""
+    parts: Callable[[TransformerConfig, int, Options], dict[str, nn.Module]] | None = None
+    """Of a family of more than an input and a trunk: every module of ours that it fills, by its name."""
 
     def fitting(self, config: TransformerConfig) -> Mapping[str, tuple[Piece, ...]]:
         """The heads whose arithmetic is ours with such a trunk."""
@@ -218,7 +220,8 @@ class Family:
 def shapes(family: Family, config: TransformerConfig, vocab_size: int, options: Options) -> dict[str, Shape]:
     """Every tensor of our input and trunk with its shape; nothing is allocated."""
     with torch.device("meta"):
-        parts = {"input": family.entry(config, vocab_size, options), "trunk": Trunk(config)}
+        parts = (family.parts(config, vocab_size, options) if family.parts else
+                 {"input": family.entry(config, vocab_size, options), "trunk": Trunk(config)})
     return {f"{part}.{name}": tuple(value.shape)
             for part, module in parts.items() for name, value in module.state_dict().items()}
 

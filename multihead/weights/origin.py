@@ -21,7 +21,7 @@ from multihead.codec.foreign import FILES, ForeignCodec, read_json
 from multihead.codec.image import FILE as PICTURES
 from multihead.codec.image import ImageCodec
 from multihead.codec.processor import FILE as PROCESSOR
-from multihead.codec.processor import read_processor
+from multihead.codec.processor import check_hearing, read_processor
 from multihead.codec.text import LABELS_FILE, LabelCodec, TextCodec
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.run import RECIPE, RunFolder
@@ -32,14 +32,17 @@ from multihead.weights.gpt2 import GPT2
 from multihead.weights.llama import LLAMA, QWEN2, QWEN3
 from multihead.weights.names import Family, Given, Piece, Shape, shapes, sizes
 from multihead.weights.vit import DEIT, DISTILLED, VIT
+from multihead.weights.whisper import WHISPER
 
-FAMILIES = (BERT, ROBERTA, GPT2, LLAMA, QWEN2, QWEN3, VIT, DISTILLED, DEIT)
+FAMILIES = (BERT, ROBERTA, GPT2, LLAMA, QWEN2, QWEN3, VIT, DISTILLED, DEIT, WHISPER)
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MOST_HEADER = 64 << 20  # bytes of a safetensors header; a model of 100,000 tensors needs a fifth of it
 GREY = {1: "grey", 3: "rgb"}
 ENTRY = ("patch", "stem", "pool", "registers")
 """Options of a task on pictures that its weights decide."""
+HEARING = ("front", "ctc_weight", "mels", "decoder_layers", "text_length")
+"""The same of recognition."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -59,12 +62,13 @@ class Origin:
     Attributes:
         path: the folder.
         family: "multihead", or the `Family.name` of a folder from elsewhere.
-        reads: "text" or "pictures".
+        reads: "text", "pictures" or "sound".
         causal: True for decoders, False for encoders.
         config: the fields of `TransformerConfig` that the weights fix, which is all but those of training.
         options: options of a task that the weights decide: ``{"tied": bool}`` for language models.
         preferred: options that they were trained with and that a recipe may change.
         vocab_size: rows of the embedding table.
+        window: samples (16 kHz) that weights for sound hear at once.
         labels: names of a classifier's classes in their order, where the folder says; else None.
         unknown: tensors of the folder that have no place here.
     """
@@ -76,6 +80,7 @@ class Origin:
     options: dict[str, Any]
     vocab_size: int
     reads: str = "text"
+    window: int = 0
     preferred: Mapping[str, Any] = MappingProxyType({})
     labels: list[str] | None = None
     unknown: tuple[str, ...] = ()
@@ -181,7 +186,7 @@ class Foreign(Origin):
         self.family, self.causal = self._family.name, self._family.causal
         given = Given(self._values, str(folder / CONFIG))
         self.config, self.reads = self._family.config(given), self._family.reads
-        self.vocab_size = given.number("vocab_size") if self.reads == "text" else 0
+        self.vocab_size = given.number("vocab_size") if self.reads != "pictures" else 0
         self._entry = {**self._family.options, **self._family.read_options(given)}
         if given.get("quantization_config"):
             given.fault("quantization_config: weights in fewer bits are not read; choose float16 or bfloat16",
@@ -195,6 +200,11 @@ class Foreign(Origin):
         if self.reads == "pictures":
             self.options = {**{key: self._entry[key] for key in ENTRY}, "channels": GREY[self._entry["channels"]]}
             self.preferred = {"size": self._entry["size"], "fit": self._codec.fit_how}
+        if self.reads == "sound":
+            self.options = {key: self._entry[key] for key in HEARING}
+            self.preferred = {"max_seconds": check_hearing(self.path / PROCESSOR, self._entry["mels"],
+                                                           self.config["max_length"]), "plain_text": False}
+            self.window = self.config["max_length"] * 320
         self.labels = _labels(self._values)
 
     def files(self) -> list[Path]:
@@ -243,8 +253,8 @@ class Foreign(Origin):
     def _check(self) -> list[Piece]:
         """The pieces that are here, each of the shape that config.json says; heads as far as they exist."""
         family, held, problems = self._family, self._tensors, []
-        layer = max((int(m[1]) for name in held if (m := re.match(r"(?:encoder\.layer|h|layers)\.(\d{1,6})\.", name))),
-                    default=-1) + 1
+        layers = (re.match(r"(?:encoder\.layers?|h|layers)\.(\d{1,6})\.", name) for name in held)
+        layer = max((int(found[1]) for found in layers if found), default=-1) + 1
         if layer != self.config["num_layers"]:
             raise UserError(tr(
                 f"config.json says {self.config['num_layers']} layers, the weights have {layer}; "

@@ -231,13 +231,13 @@ def test_a_language_model_is_copied_into_the_run_and_adds_its_say(model, languag
     shutil.rmtree(moved)  # the run holds a copy
     again = SpeechRecognition(recipe.options)
     again.load(tmp_path / "run" / "codec")
-    assert again.language is not None and again.units.vocab_size == plain.units.vocab_size
+    assert again.fused is not None and again.units.vocab_size == plain.units.vocab_size
     samples = torch.from_numpy(np.random.default_rng(1).normal(0, 3000, 12000).astype(np.int16))[None]
     batch = {"audio": samples, "audio_lengths": torch.tensor([12000])}
     (logp, _), = heard(made, samples, torch.tensor([12000]), 4, 1)
     logp[:, [1, 2, 3]] = -1e9
     texts = {plain.units.decode(r.ids): r.score for r in prefix_beam(logp, beam=64)}
-    says = dict(zip(texts, again.language.texts([text.strip() for text in texts]), strict=True))
+    says = dict(zip(texts, again.fused.texts([text.strip() for text in texts]), strict=True))
     for weight in (0.7, 3.0):
         answer, = again.predict(made, batch, {"lm_weight": weight, "beam": 64})
         best = max(texts, key=lambda text: texts[text] + weight * says[text])

@@ -6,7 +6,7 @@ Legend: B recordings, N samples, T frames, S = ⌈T / 4⌉ positions of 40 ms, D
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from multihead.transformer.cache import Cache
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import TokenHead
 from multihead.transformer.inputs import TokenInput
-from multihead.transformer.sounds import SUBSAMPLING, SoundInput, subsampled
+from multihead.transformer.sounds import SUBSAMPLING, subsampled
 from multihead.transformer.trunk import Trunk
 
 POSITION = HOP * SUBSAMPLING
@@ -30,23 +30,30 @@ class Recogniser(Emitter):
 
     Args:
         size: the vocabulary; id 0 is CTC's blank and the padding of texts.
-        channels: of the convolutions in front.
+        entry: makes vectors of the codec's frames.
         decoder_layers: blocks of the decoder; 0: CTC alone.
+        text_length: most tokens that the decoder holds; None: `config.max_length`.
+        ctc: whether there is CTC; else the decoder is all there is.
     """
 
-    def __init__(self, config: TransformerConfig, codec: AudioCodec, size: int, bos: int, eos: int, channels: int,
-                 decoder_layers: int) -> None:
+    places: ClassVar[dict[str, str]] = {"input": "input", "trunk": "encoder"}
+    """What its parts are to weights from elsewhere."""
+
+    def __init__(self, config: TransformerConfig, codec: AudioCodec, size: int, bos: int, eos: int, entry: nn.Module,
+                 decoder_layers: int, text_length: int | None = None, ctc: bool = True) -> None:
         super().__init__()
         self.config, self.vocab_size, self.pad, self.bos, self.eos = config, size, 0, bos, eos
         self.features = codec.features()
-        self.input = SoundInput(config, codec.mels, channels)
+        self.input = entry
         self.encoder = Trunk(config)
-        self.ctc = nn.Linear(config.d_model, size)
-        nn.init.normal_(self.ctc.weight, std=config.d_model**-0.5)
-        nn.init.zeros_(self.ctc.bias)
+        self.ctc: nn.Linear | None = None
+        if ctc:
+            self.ctc = nn.Linear(config.d_model, size)
+            nn.init.normal_(self.ctc.weight, std=config.d_model**-0.5)
+            nn.init.zeros_(self.ctc.bias)
         self.decoder: Trunk | None = None
         if decoder_layers:
-            writing = replace(config, num_layers=decoder_layers)
+            writing = replace(config, num_layers=decoder_layers, max_length=text_length or config.max_length)
             self.target = TokenInput(writing, size)
             self.decoder = Trunk(writing, causal=True, cross_attention=True)
             self.head = TokenHead(config.d_model, size, self.target.token)
@@ -66,12 +73,13 @@ class Recogniser(Emitter):
         x_BTM = self.features(samples_BN.masked_fill(behind_BN, 0), lengths_B)
         if spans is not None:
             x_BTM = spec_augment(x_BTM, spans)
-        x_BSD, lengths_B = self.input(x_BTM, frames_of(lengths_B))
+        x_BSD, lengths_B = self.input(x_BTM, self.features.frames(lengths_B))
         real_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device) < lengths_B[:, None]
         return self.encoder(x_BSD, mask=None if bool(real_BS.all()) else real_BS), lengths_B
 
     def ctc_scores(self, memory_BSD: Tensor) -> Tensor:
         """Log-probabilities of tokens and blank (B, S, V), in float32."""
+        assert self.ctc is not None
         return self.ctc(memory_BSD).float().log_softmax(-1)
 
     def states(self, memory_BSD: Tensor, lengths_B: Tensor, target_BL: Tensor) -> Tensor:
@@ -80,22 +88,30 @@ class Recogniser(Emitter):
         mask_BS = torch.arange(memory_BSD.shape[1], device=memory_BSD.device) < lengths_B[:, None]
         return self.decoder(self.target(target_BL), memory=memory_BSD, memory_mask=mask_BS)
 
-    def begin(self, memory_1SD: Tensor) -> tuple[Cache, Tensor]:
-        """Begin the text of one recording: the state, and the logits (1, V) of its first token."""
+    def begin(self, memory_BSD: Tensor, prompt_BP: Tensor | None = None) -> tuple[Cache, Tensor]:
+        """Begin the text of each recording, all of one length: the state, and the logits (B, V) of the first token.
+
+        Args:
+            prompt_BP: what stands before each text; None: <bos>.
+        """
         assert self.decoder is not None
-        cache = Cache(self.decoder.config.num_layers, [0])
-        return cache, self._next(torch.tensor([self.bos], device=memory_1SD.device), cache, memory_1SD)
+        B = len(memory_BSD)
+        if prompt_BP is None:
+            prompt_BP = torch.full((B, 1), self.bos, device=memory_BSD.device)
+        cache = Cache(self.decoder.config.num_layers, [0] * B)
+        return cache, self._next(prompt_BP, cache, memory_BSD)
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """One more token a row (B,): the logits of the one after it (B, V). Advances the cache by one."""
-        return self._next(ids_B, cache)
+        return self._next(ids_B[:, None], cache)
 
-    def _next(self, ids_B: Tensor, cache: Cache, memory: Tensor | None = None) -> Tensor:
+    def _next(self, ids_BP: Tensor, cache: Cache, memory: Tensor | None = None) -> Tensor:
         assert self.decoder is not None
-        positions_B1 = torch.tensor(cache.lengths, device=ids_B.device)[:, None]
-        logits_BV = self.head(self.decoder(self.target(ids_B[:, None], positions_B1), memory=memory, cache=cache)[:, 0])
-        cache.advance(1)
-        return logits_BV
+        P, device = ids_BP.shape[1], ids_BP.device
+        positions_BP = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(P, device=device)
+        x_BPD = self.decoder(self.target(ids_BP, positions_BP), memory=memory, cache=cache)
+        cache.advance(P)
+        return self.head(x_BPD[:, -1])
 
 
 def heard(model: Recogniser, samples_BN: Tensor, lengths_B: Tensor, chunk: float, overlap: float

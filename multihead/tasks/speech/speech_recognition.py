@@ -30,11 +30,14 @@ from multihead.generation.ctc import Reading, best_path, joint_search, prefix_be
 from multihead.metrics.speech import ErrorRates, jiwer
 from multihead.task import Answer, Batch, Example, Loss, Task
 from multihead.tasks.speech import _report as told
+from multihead.tasks.speech import _whisper as whisper
 from multihead.tasks.speech._language import COPY, MOST_WEIGHT, Language
 from multihead.tasks.speech._language import found as find_language
 from multihead.tasks.speech._recogniser import Recogniser, heard, positions_of
+from multihead.tasks.speech._whisper import Prompts
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.losses import vocabulary_loss
+from multihead.transformer.sounds import BandInput, SoundInput
 
 AUDIO_NAMES = ("file", "path", "wav", "recording", "sound", "clip", "filename", "file_name", "audio_path", "audio_file",
                "audio_filepath", "wav_path", "录音", "音频", "文件", "文件名", "路径", "音频路径")
@@ -83,6 +86,16 @@ class SpeechRecognition(Task):
         pause: float = Field(0.0, ge=0, le=60)
         """Pauses within a recording are cut to so many seconds (with trim); 0: they stay.
         录音中间的停顿缩短到这么多秒（需 trim）；0 表示不动。"""
+        front: Literal["plain", "whisper"] = "plain"
+        """How it hears. plain: log-mel without loudness, four frames a position; whisper: as weights of Whisper do that
+        `model.from` names.
+        如何听取。plain：去掉音量的 log-mel，四帧一个位置；whisper：按 `model.from` 所指 Whisper 权重的方式。"""
+        language: str | None = None
+        """Of Whisper's weights: the language that is spoken (zh, en …); nothing: found out for each recording.
+        Whisper 权重所听的语言（zh、en 等）；不填则逐条判断。"""
+        text_length: int | None = Field(None, ge=8, le=4096)
+        """Most tokens that the decoder holds; nothing: model.max_length.
+        解码器最多容纳的词元数；不填则为 model.max_length。"""
         mels: int = Field(80, ge=16, le=128)
         """Bands of the spectrogram.
         频谱的频带数。"""
@@ -139,7 +152,8 @@ class SpeechRecognition(Task):
 
     codec: AudioCodec
     units: TextCodec | PinyinCodec
-    language: Language | None = None
+    prompts: Prompts | None = None
+    fused: Language | None = None
     _decoded: tuple[str, np.ndarray, int] | None = None
 
     # -- prepare ------------------------------------------------------------------------------------------------------
@@ -148,12 +162,27 @@ class SpeechRecognition(Task):
         jiwer()  # told of now, not at the first evaluation
         o, texts = self.options, _Texts(self, rows)
         if o.language_model is not None:
-            self.language = Language(o.language_model)
+            self.fused = Language(o.language_model)
             if o.decoding == "greedy":
                 raise UserError(tr("options.language_model is heard in ctc and joint decoding alone: set "
                                    "options.decoding to one of them",
                                    "options.language_model 只在 ctc 与 joint 解码时起作用：请把 options.decoding "
                                    "设为其中之一"))
+        if (self.origin is not None) != (o.front == "whisper"):
+            raise UserError(tr("options.front: whisper goes with weights of Whisper, and with no others (model.from)",
+                               "options.front: whisper 只能与 Whisper 的权重（model.from）一起使用"))
+        if self.origin is not None:
+            self.codec = AudioCodec.whisper(o.mels, self.origin.window)
+            self.units = units = self.origin.codec()
+            self.prompts = Prompts.of(units, self.origin.path)
+            if o.language is not None and self.prompts.languages:
+                self.prompts.ids(o.language)
+            if o.units == "pinyin" or o.language_model or o.decoding != "greedy":
+                raise UserError(tr("weights of Whisper have their own tokens and are read greedily: leave "
+                                   "options.units, decoding and language_model out",
+                                   "Whisper 的权重有自己的词元，并用 greedy 解码：请去掉 options.units、decoding 与 "
+                                   "language_model"))
+            return
         if o.units == "pinyin":
             self.units = PinyinCodec.fit(texts)
         else:
@@ -191,6 +220,10 @@ class SpeechRecognition(Task):
     def check(self, row: dict[str, Any], part: str) -> None:
         if part == "train":
             example = self.encode(row)
+            if self.codec.window:
+                whisper.refuse_unfit(len(example["audio"]), example["target"], self.codec.window,
+                                     self.options.text_length or 448)
+                return
             told.refuse_unfit(len(example["audio"]), example["target"], self.options.max_seconds)
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -206,27 +239,33 @@ class SpeechRecognition(Task):
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
         self.units.save(folder / "units")
-        if self.language is not None:
-            self.language.copy(folder / COPY)
+        if self.fused is not None:
+            self.fused.copy(folder / COPY)
+        if self.prompts is not None:
+            self.prompts.save(folder)
 
     def load(self, folder: Path) -> None:
         self.codec = AudioCodec.load(folder)
         kind = PinyinCodec if self.options.units == "pinyin" else TextCodec
         self.units = kind.load(folder / "units")
-        self.language = find_language(folder, self.options.language_model)
+        self.fused = find_language(folder, self.options.language_model)
+        self.prompts = Prompts.load(folder) if self.codec.window else None
 
     # -- build and train ----------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> Recogniser:
-        o = self.options
+        o, units = self.options, self.units
+        if self.codec.window:
+            return Recogniser(config, self.codec, units.vocab_size, units.bos, units.eos, BandInput(config, o.mels),
+                              o.decoder_layers, o.text_length, ctc=False)
         most = max(o.max_seconds * (1 + o.speed) / (1 - o.speed), o.chunk)
         if (needed := int(positions_of(int(most * RATE))) + 1) > config.max_length:
             raise UserError(tr(f"recordings of {most:.0f} s have {needed} positions; model.max_length is "
                                f"{config.max_length}: lower options.max_seconds and options.chunk, or raise it",
                                f"{most:.0f} 秒的录音有 {needed} 个位置；model.max_length 是 {config.max_length}："
                                "请调小 options.max_seconds 与 options.chunk，或调大它"))
-        units = self.units
-        return Recogniser(config, self.codec, units.vocab_size, units.bos, units.eos, o.channels, o.decoder_layers)
+        return Recogniser(config, self.codec, units.vocab_size, units.bos, units.eos,
+                          SoundInput(config, o.mels, o.channels), o.decoder_layers, o.text_length)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Speed, loudness and noise of the recording, and the rectangles that SpecAugment hides."""
@@ -252,14 +291,17 @@ class SpeechRecognition(Task):
         assert isinstance(model, Recogniser)
         target_BL, size_B = batch["target"].long(), batch["target_lengths"]
         memory_BSD, length_B = model.encode(batch["audio"], batch["audio_lengths"], batch.get("spans"))
-        ctc = F.ctc_loss(model.ctc_scores(memory_BSD).transpose(0, 1), target_BL, length_B, size_B, reduction="sum",
-                         zero_infinity=True)
         count = int(size_B.sum()) + len(size_B)
+        ctc = memory_BSD.new_zeros(())
+        if model.ctc is not None:
+            ctc = F.ctc_loss(model.ctc_scores(memory_BSD).transpose(0, 1), target_BL, length_B, size_B, reduction="sum",
+                             zero_infinity=True)
         if model.decoder is None:
             return Loss(ctc, count)
         smooth = self.options.label_smoothing if model.training else 0.0
-        begin_B1 = torch.full((len(target_BL), 1), model.bos, device=target_BL.device)
-        x_BLD = model.states(memory_BSD, length_B, torch.cat((begin_B1, target_BL), 1))
+        prompt = [model.bos] if self.prompts is None else self.prompts.ids(self.options.language)
+        prompt_BP = torch.tensor([prompt], device=target_BL.device).expand(len(target_BL), -1)
+        x_BLD = model.states(memory_BSD, length_B, torch.cat((prompt_BP, target_BL), 1))[:, len(prompt) - 1 :]
         wanted_BL = F.pad(target_BL, (0, 1)).scatter(1, size_B[:, None], model.eos)
         real_BL = torch.arange(wanted_BL.shape[1], device=size_B.device) <= size_B[:, None]
         heard_as = vocabulary_loss(x_BLD[real_BL], model.head.linear.weight, wanted_BL[real_BL], smooth)
@@ -275,6 +317,8 @@ class SpeechRecognition(Task):
         assert isinstance(model, Recogniser)
         wishes = self._wishes(ask)
         lengths_B = batch["audio_lengths"]
+        if self.prompts is not None:
+            return self._dictated(model, batch)
         found = heard(model, batch["audio"], lengths_B, self.options.chunk, self.options.overlap)
         answers = []
         whole_B = batch.get("whole", lengths_B).tolist()
@@ -289,6 +333,16 @@ class SpeechRecognition(Task):
             answers.append(answer)
         return answers
 
+    def _dictated(self, model: Recogniser, batch: Batch) -> list[Answer]:
+        """As `predict`, by weights of Whisper."""
+        assert self.prompts is not None
+        found = whisper.dictated(model, batch["audio"], batch["audio_lengths"], self.prompts, self.options.language)
+        whole_B = batch.get("whole", batch["audio_lengths"]).tolist()
+        return [{"text": whisper.joined([self.units.decode(one.ids) for one in parts]),
+                 "seconds": round(samples / RATE, 3),
+                 "score": round(sum(one.score for one in parts) / sum(len(one.ids) + 1 for one in parts), 5)}
+                for parts, samples in zip(found, whole_B, strict=True)]
+
     def _read(self, model: Recogniser, logp_SV: np.ndarray, memory: torch.Tensor | None, wishes: dict[str, Any]
               ) -> Reading:
         units, decoding = self.units, wishes["decoding"]
@@ -297,8 +351,8 @@ class SpeechRecognition(Task):
         if decoding == "greedy":
             return best_path(logp_SV)
         say = None
-        if self.language is not None and wishes["lm_weight"]:
-            say = self.language.on(next(model.parameters()).device).fusion(units, wishes["lm_weight"])
+        if self.fused is not None and wishes["lm_weight"]:
+            say = self.fused.on(next(model.parameters()).device).fusion(units, wishes["lm_weight"])
         if decoding == "joint" and memory is not None and model.decoder is not None:
             limit = min(len(logp_SV), model.max_length - 2)
             with torch.autocast(memory.device.type, enabled=False):
@@ -321,11 +375,15 @@ class SpeechRecognition(Task):
         if not isinstance(wishes["timestamps"], bool):
             raise UserError(tr(f"timestamps is {wishes['timestamps']!r}; it is true or false",
                                f"timestamps 是 {wishes['timestamps']!r}；应为 true 或 false"))
+        if self.prompts is not None and (wishes["decoding"] != "greedy" or wishes["timestamps"]):
+            raise UserError(tr("weights of Whisper write without CTC here: greedily, and without times of words; ask "
+                               "for json or text",
+                               "Whisper 的权重在这里不用 CTC：只有 greedy，没有词的时间；请要 json 或 text"))
         weight = wishes["lm_weight"]
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= MOST_WEIGHT:
             raise UserError(tr(f"lm_weight is {weight!r}; it must be a number, 0 to {MOST_WEIGHT:g}",
                                f"lm_weight 是 {weight!r}，应为 0 到 {MOST_WEIGHT:g} 的数"))
-        if ask.get("lm_weight") and self.language is None:
+        if ask.get("lm_weight") and self.fused is None:
             raise UserError(tr("lm_weight: this run has no language model (options.language_model)",
                                "lm_weight：这次训练没有语言模型（options.language_model）"))
         return wishes
