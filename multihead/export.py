@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
-from multihead import export_images
+from multihead import export_images, export_sounds
 from multihead.build import Run
 from multihead.codec.foreign import ForeignCodec
 from multihead.codec.text import TextCodec
@@ -68,6 +68,8 @@ def export(run: Run, folder: Path, texts: int = 20, prove: bool = True) -> Expor
                            f"--texts 是 {texts}，至少要为 1（或用 --no-proof）"))
     if run.recipe.task in export_images.TASKS:
         write, compare = export_images.write, export_images.prove
+    elif run.recipe.task in export_sounds.TASKS:
+        write, compare = export_sounds.write, export_sounds.prove
     else:
         kind = _kind(run)
         write, compare = partial(_write, kind), partial(_prove, kind)
@@ -165,7 +167,7 @@ KINDS: dict[str, Kind] = {
 def _kind(run: Run) -> Kind:
     task, options = run.recipe.task, run.task.options
     if task not in KINDS:
-        able = (*KINDS, *export_images.TASKS)
+        able = (*KINDS, *export_images.TASKS, *export_sounds.TASKS)
         raise UserError(tr(f"runs of {task} cannot be exported; those of these tasks can: {', '.join(able)}",
                            f"{task} 的训练结果不能导出；可以导出的任务：{'、'.join(able)}"), str(run.path))
     wanted = KINDS[task].wanted

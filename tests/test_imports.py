@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "validating",
         "proving",
         "export_images",
+        "export_sounds",
         "export",
         "predict",
         "report",

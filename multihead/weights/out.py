@@ -21,9 +21,10 @@ CLASSES = {
     "question-answering": "ForQuestionAnswering",
     "translation": "ForConditionalGeneration",
     "image-classification": "ForImageClassification",
+    "speech-recognition": "ForConditionalGeneration",
 }
 NAMES = {"bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
-         "pegasus": "Pegasus", "vit": "ViT", "deit": "DeiT", "deit-distilled": "DeiT"}
+         "pegasus": "Pegasus", "whisper": "Whisper", "vit": "ViT", "deit": "DeiT", "deit-distilled": "DeiT"}
 ABLE = (*FAMILIES, PEGASUS)
 LAST = ("roberta",)  # only where the weights came from one
 

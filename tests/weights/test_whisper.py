@@ -16,6 +16,7 @@ from multihead import recipe as recipes
 from multihead.build import Run, open_run, take
 from multihead.codec.audio import AudioCodec, wav
 from multihead.errors import UserError
+from multihead.export import export
 from multihead.task import find
 from multihead.tasks.speech import _whisper as whisper
 from multihead.tasks.speech.speech_recognition import SpeechRecognition
@@ -178,6 +179,16 @@ def test_a_run_without_a_step_is_the_folder_and_steps_learn(tmp_path: Path) -> N
     task, mine = ours(there, language="en")
     answer, = task.predict(mine, dict(zip(("audio", "audio_lengths"), batch([wave]), strict=True)), {})
     assert one == two == answer
+    done = export(again, tmp_path / "back", texts=3)
+    assert done.kind == "WhisperForConditionalGeneration" and done.proof is not None and done.proof.rows == 3
+    old, new = (load_file(path / "model.safetensors") for path in (there, done.path))
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    written = transformers.WhisperForConditionalGeneration.from_pretrained(done.path).eval()
+    heard = transformers.WhisperFeatureExtractor.from_pretrained(done.path)(
+        wave.astype(np.float32) / 32768, sampling_rate=16000, return_tensors="pt")
+    ids = written.generate(heard["input_features"], language="en", task="transcribe", do_sample=False)[0].tolist()
+    said = transformers.AutoTokenizer.from_pretrained(done.path).decode(ids, skip_special_tokens=True)
+    assert said.strip() == answer["text"]
     long = np.concatenate([*sounds(), *sounds()])  # longer than a window: in pieces
     assert again.predict([(long, 16000)])[0]["seconds"] == round(len(long) / 16000, 3)
     learnt = train(path, ["train.steps=30", "train.lr=0.003", "train.optimizer=adamw", "model.dropout=0"],
