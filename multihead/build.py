@@ -95,8 +95,6 @@ class Taken:
 
 def body(model: nn.Module) -> dict[str, str]:
     """What ``input`` and ``trunk`` of an origin are called in `model`: of an encoder–decoder, the side that reads."""
-    if places := getattr(model, "places", None):
-        return dict(places)
     for names in ({"input": "input", "trunk": "trunk"}, {"input": "source", "trunk": "encoder"}):
         if all(hasattr(model, name) for name in names.values()):
             return names

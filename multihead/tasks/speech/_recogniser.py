@@ -6,7 +6,7 @@ Legend: B recordings, N samples, T frames, S = ⌈T / 4⌉ positions of 40 ms, D
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +35,6 @@ class Recogniser(Emitter):
         text_length: most tokens that the decoder holds; None: `config.max_length`.
         ctc: whether there is CTC; else the decoder is all there is.
     """
-
-    places: ClassVar[dict[str, str]] = {"input": "input", "trunk": "encoder"}
-    """What its parts are to weights from elsewhere."""
 
     def __init__(self, config: TransformerConfig, codec: AudioCodec, size: int, bos: int, eos: int, entry: nn.Module,
                  decoder_layers: int, text_length: int | None = None, ctc: bool = True) -> None:
