@@ -148,17 +148,18 @@ def crew() -> Iterator[Crew]:
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=MEETING)))
     watch = Watch(store.clone(), rank, world)
     watch.start()
+    whole = True
     try:
         yield Many(rank, world, store)
     except BaseException as error:
-        watch.failed(error)
+        whole = type(error).__name__ == "Stopped"  # by a signal, all at the same step: nothing failed
+        if not whole:
+            watch.failed(error)
         raise
-    else:
-        watch.left()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     finally:
         watch.stop()
+        if whole and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---- one failure ends all ------------------------------------------------------------------------------------------
@@ -191,17 +192,13 @@ class Watch(threading.Thread):
             self.ending.wait(BEAT)
 
     def stop(self) -> None:
-        self.ending.set()
-
-    def left(self) -> None:
         """This process has done its part; nobody waits for signs of its life any more."""
+        self.ending.set()
         with contextlib.suppress(Exception), self._lock:
             self.store.set(f"alive/{self.rank}", "left")
 
     def failed(self, error: BaseException) -> None:
         """Leave the cause where all find it; or, where another failed before, say that this one ends for it."""
-        if type(error).__name__ == "Stopped":  # by a signal, all at the same step: nothing failed
-            return
         own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         cause = None
         with contextlib.suppress(Exception):
@@ -214,6 +211,11 @@ class Watch(threading.Thread):
         _record(error if cause is None else Lost(cause))
         if cause is not None:
             raise Lost(ended(self.rank, cause)) from None
+        if _broken_talk(error):
+            raise Lost(tr(
+                f"process {self.rank} lost the others: one was killed (for want of memory?) or its machine is gone "
+                f"({error})", f"进程 {self.rank} 与其他进程失去联系："
+                f"其中之一被杀死（内存不足？）或其机器已断开（{error}）")) from None
 
     def _cause(self) -> str | None:
         if not self.store.check(["failure"]):

@@ -123,6 +123,7 @@ class Shards(Engine):
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # sums
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        self.root._get_fsdp_state()._lazy_init()  # else whichever part is called first takes itself for the root
         count = sum(p.numel() for p in model.parameters())
         self.hold = 4 * count <= HELD * memory(device, crew.local_world)
 
@@ -145,8 +146,10 @@ class Shards(Engine):
             yield
         finally:
             for part in self.parts:
-                part.reshard()
                 part.set_reshard_after_forward(part is not self.root, recurse=False)
+            # Forgets which blocks were called meanwhile too: by that order the next gradients would be fetched ahead,
+            # and the processes did not call them equally often.
+            self.root.reset_iter_state()
 
 
 def engine(

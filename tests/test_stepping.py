@@ -1,0 +1,139 @@
+"""A step where memory is short: fewer rows at once, blocks worked out twice, and the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from multihead import prepare, task
+from multihead import recipe as recipes
+from multihead.errors import UserError
+from multihead.run import RunFolder
+from multihead.runtime import checkpoint
+from multihead.train import Trainer
+
+TEXT = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\nThe quick brown fox jumps over the lazy dog.\n"
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    (tmp_path / "poem.txt").write_text(TEXT * 60, "utf-8")
+    values: dict[str, Any] = {
+        "task": "text-generation",
+        "data": {"train": "poem.txt"},
+        "options": {"tokenizer": "char", "context": 16},
+        "model": {"d_model": 16, "num_layers": 3, "num_heads": 2},
+        "train": {"steps": 4, "batch_size": 8, "eval_every": 2, "log_every": 1, "threads": 1, "precision": "float32"},
+    }
+    (tmp_path / "poem.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    return tmp_path / "poem.yaml"
+
+
+def trainer(path: Path, where: Path, *overrides: str) -> Trainer:
+    recipe = recipes.load(path, overrides, find=task.find)
+    made = prepare.make_task(recipe, path.parent)
+    folder = RunFolder.create(where)
+    prepare.prepare(recipe, made, folder)
+    return Trainer(recipe, made, folder, progress=False)
+
+
+def short_of_memory(one: Trainer, most: int, error: Exception) -> list[str]:
+    """Let `one` fail wherever more than `most` rows are computed at once; what it says is collected."""
+    told: list[str] = []
+    asked = one.stepper.engine.asked.ask
+
+    def ask(model: Any, batch: Any) -> Any:
+        loss = asked(model, batch)
+        if len(batch["ids"]) > most:
+            raise error
+        return loss
+
+    one.stepper.engine.asked.ask = ask
+    one.stepper.say = told.append
+    return told
+
+
+def gradients(one: Trainer, step: int = 0) -> dict[str, Tensor]:
+    one._update(step)
+    return {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                 "allocate 17179869184 bytes. Error code 12 (Cannot allocate memory)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_rows_and_keeps_the_gradients(
+    recipe_path: Path, tmp_path: Path, error: Exception
+) -> None:
+    short, plenty = trainer(recipe_path, tmp_path / "short"), trainer(recipe_path, tmp_path / "plenty")
+    told = short_of_memory(short, 2, error)
+    found = gradients(short)
+    for name, expected in gradients(plenty).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    assert short.stepper.at_once == 2 and len(told) == 2
+    assert "out of memory with 4 rows at once; from here on 2, 4 times a step" in told[-1]
+    gradients(short, 1)
+    assert len(told) == 2, "it is not tried again with every step"
+
+
+def test_what_memory_taught_is_kept_in_the_checkpoint(recipe_path: Path, tmp_path: Path) -> None:
+    short = trainer(recipe_path, tmp_path / "run")
+    short_of_memory(short, 4, ERRORS[0])
+    short.fit()
+    saved, _ = checkpoint.latest(tmp_path / "run")
+    assert saved is not None and saved.meta["at_once"] == 4
+
+
+def test_one_row_that_does_not_fit_is_a_persons_business(recipe_path: Path, tmp_path: Path) -> None:
+    short = trainer(recipe_path, tmp_path / "run")
+    short_of_memory(short, 0, ERRORS[0])
+    with pytest.raises(UserError, match=r"out of memory with a single row at once.*recompute"):
+        short.fit()
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(recipe_path: Path, tmp_path: Path) -> None:
+    sick = trainer(recipe_path, tmp_path / "run")
+    short_of_memory(sick, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        sick._update(0)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Bytes that are kept for the backward pass."""
+    kept = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[0] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def test_recompute_keeps_less_and_changes_no_bit(recipe_path: Path, tmp_path: Path) -> None:
+    """Dropout draws the same noise the second time."""
+    wishes = ["model.dropout=0.3", "model.num_layers=6"]
+    plain = trainer(recipe_path, tmp_path / "plain", *wishes)
+    twice = trainer(recipe_path, tmp_path / "twice", *wishes, "train.recompute=true")
+    expected, found = gradients(plain), gradients(twice)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    batch = plain._batch(0, plain.stepper.loader.batch(0), 0)
+    sizes = []
+    for one in (plain, twice):
+        with counted() as kept:
+            one.task.loss(one.model, batch)
+        sizes.append(kept[0])
+    assert sizes[1] < 0.4 * sizes[0]
