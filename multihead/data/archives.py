@@ -12,9 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any
 
 from multihead.data.files import BOMB_BYTES, BOMB_RATIO, CHUNK, Source, read_chunks, read_head
@@ -31,8 +29,7 @@ class Member:
     Every reading raises UserError where the archive is damaged or ends too early.
     """
 
-    def __init__(self, name: str, size: int, opened: Callable[[], Any],
-                 told: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, name: str, size: int, opened: Callable[[], Any], told: _Told) -> None:
         self.name, self.size = name, size
         self._opened, self._told = opened, told
         self._file: Any = None
@@ -40,7 +37,7 @@ class Member:
 
     def head(self, count: int) -> bytes:
         """Its first `count` bytes, or all where there are fewer."""
-        with self._told():
+        with self._told:
             self._file = self._opened() if self._file is None else self._file
             while len(self._head) < count and (more := self._file.read(count - len(self._head))):
                 self._head += more
@@ -53,10 +50,10 @@ class Member:
         while chunk:
             count += len(chunk)
             yield chunk
-            with self._told():
+            with self._told:
                 chunk = self._file.read(CHUNK)
         if count != self.size:
-            with self._told():
+            with self._told:
                 raise EOFError(self.name)
 
     def close(self) -> None:
@@ -81,8 +78,7 @@ def members(source: Source) -> Iterator[Member]:
     """
     zipped = read_head(source, 4)[0].startswith(b"PK")
     for member in _zip(source) if zipped else _tar(source):
-        parts = PurePosixPath(member.name).parts
-        if not any(part.startswith(".") or part in _PASSED for part in parts):
+        if not any(part.startswith(".") or part in _PASSED for part in member.name.split("/")):
             yield member
 
 
@@ -95,23 +91,23 @@ def _checked(name: str, source: Source) -> str:
     return "/".join(parts)
 
 
-@contextmanager
-def _told(source: Source) -> Iterator[None]:
-    """What the libraries raise on an archive that is not whole, as a person's error."""
-    try:
-        yield
-    except (EOFError, tarfile.ReadError) as error:
-        if isinstance(error, tarfile.ReadError) and "end of data" not in str(error):
-            raise _damaged(source, error) from None
-        raise UserError(tr("this archive ends too early: it was not copied whole; fetch it again",
-                           "这个压缩包不完整（提前结束）；请重新获取"), source.name) from None
-    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, struct.error, RuntimeError, OSError, ValueError) as error:
-        raise _damaged(source, error) from None
+class _Told:
+    """What the libraries raise on an archive that is not whole becomes a person's error; entered for every reading."""
 
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
-def _damaged(source: Source, error: object) -> UserError:
-    return UserError(tr(f"this archive is damaged ({error}); fetch it again",
-                        f"这个压缩包已损坏（{error}）；请重新获取"), source.name)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, EOFError) or (isinstance(error, tarfile.ReadError) and "end of data" in str(error)):
+            raise UserError(tr("this archive ends too early: it was not copied whole; fetch it again",
+                               "这个压缩包不完整（提前结束）；请重新获取"), self._source.name) from None
+        if isinstance(error, (zipfile.BadZipFile, zlib.error, tarfile.TarError, struct.error, RuntimeError, OSError,
+                              ValueError)):
+            raise UserError(tr(f"this archive is damaged ({error}); fetch it again",
+                               f"这个压缩包已损坏（{error}）；请重新获取"), self._source.name) from None
 
 
 def _trap(source: Source, kind: str) -> UserError:
@@ -122,7 +118,8 @@ def _trap(source: Source, kind: str) -> UserError:
 
 
 def _zip(source: Source) -> Iterator[Member]:
-    with _told(source), zipfile.ZipFile(source.path) as archive:
+    told = _Told(source)
+    with told, zipfile.ZipFile(source.path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         total, size = sum(info.file_size for info in infos), source.path.stat().st_size
         if total > BOMB_BYTES and total > BOMB_RATIO * size:
@@ -134,7 +131,7 @@ def _zip(source: Source) -> Iterator[Member]:
             if info.flag_bits & 1:
                 raise UserError(tr("this zip archive is encrypted: unpack it yourself",
                                    "这个 zip 已加密：请自行解压"), source.name)
-            member = Member(names[id(info)], info.file_size, partial(archive.open, info), partial(_told, source))
+            member = Member(names[id(info)], info.file_size, partial(archive.open, info), told)
             yield member
             member.close()
 
@@ -161,8 +158,8 @@ class _Chunks(io.RawIOBase):
 
 
 def _tar(source: Source) -> Iterator[Member]:
-    chunks = _Chunks(source)
-    with _told(source):
+    chunks, told = _Chunks(source), _Told(source)
+    with told:
         file = io.BufferedReader(chunks, 1 << 18)
         with tarfile.open(fileobj=file, mode="r|") as archive:
             for info in archive:
@@ -171,7 +168,7 @@ def _tar(source: Source) -> Iterator[Member]:
                     continue
                 if info.size > BOMB_BYTES and info.size > BOMB_RATIO * _stored(info):
                     raise _trap(source, "tar")
-                yield Member(name, info.size, partial(archive.extractfile, info), partial(_told, source))
+                yield Member(name, info.size, partial(archive.extractfile, info), told)
         while file.read(1 << 18):
             pass
         if chunks.last.strip(b"\0"):  # a whole archive ends with empty blocks

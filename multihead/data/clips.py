@@ -54,7 +54,7 @@ class ClipRows(MediaRows):
 
         names = list(found)
         sources = [source for one in found.values() for source in one]
-        return [self._by_folder(sources, shared(names), names, names, contents)]
+        return [self._by_folder(sources, shared(names), names, contents)]
 
     def _path(self, path: str, table: Path) -> tuple[Any, str]:
         full, fault = self.media.located(path, table)
@@ -65,8 +65,7 @@ class ClipRows(MediaRows):
     def _inside(self, found: Inside) -> Things:
         names = list(dict.fromkeys(name if found.things[name] == "thing" else folder(name) for name in found.chosen))
         contents = self._contents(found, set(names))
-        return self._by_folder([found.archive], found.archive.name, [found.where(name) for name in names], names,
-                              contents)
+        return self._by_folder([found.archive], found.archive.name, names, contents, found.where)
 
     def _contents(self, found: Inside, names: Container[str]) -> Callable[[], Iterator[Content]]:
         def read() -> Iterator[Content]:

@@ -29,8 +29,8 @@ def labels_of(names: Sequence[str]) -> list[str | None]:
 
 def shared(names: Sequence[str]) -> str:
     """What messages call several files: the folder they share, else the first of them."""
-    try:
-        return (os.path.commonpath(names) if len(names) > 1 else "") or names[0]
+    try:  # what the first and the last in order share, all share
+        return (os.path.commonpath((min(names), max(names))) if len(names) > 1 else "") or names[0]
     except ValueError:  # relative and absolute ones
         return names[0]
 

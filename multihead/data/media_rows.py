@@ -142,9 +142,8 @@ class MediaRows(Rows):
 
     def _inside(self, found: Inside) -> Things:
         """The files of an archive as rows."""
-        where = [found.where(name) for name in found.chosen]
         contents = self._contents(found, set(found.chosen))
-        return self._by_folder([found.archive], found.archive.name, where, found.chosen, contents)
+        return self._by_folder([found.archive], found.archive.name, found.chosen, contents, found.where)
 
     def _contents(self, found: Inside, names: Container[str]) -> Callable[[], Iterator[Content]]:
         """What these members of an archive hold, in its order."""
@@ -220,7 +219,9 @@ class MediaRows(Rows):
         table: FileOf | None = None
         for member in members(source):
             name, within = member.name, f"{member.name}/".startswith(f"{source.inside}/" if source.inside else "")
-            found.folders |= {str(above) for above in PurePosixPath(name).parents}
+            above = name
+            while (above := above.rpartition("/")[0]) and above not in found.folders:
+                found.folders.add(above)
             if kind := self._kind_of(name, member.head(self.media.head) if within else None):
                 found.things[name] = kind
                 found.chosen += [name] if within else []
@@ -274,16 +275,16 @@ class MediaRows(Rows):
         where = Source(sources[0].path, name)
         return Things(where, Format(form or self.form, encoding=""), matched, [], sources, found)
 
-    def _by_folder(self, sources: Sequence[Source], name: str, where: Sequence[str], names: Sequence[str],
-                  contents: Callable[[], Iterable[Content]]) -> Things:
-        """Files whose folders are their labels. `names`: whose folders count; `contents`: by `names`."""
-        places, labels = dict(zip(names, where, strict=True)), dict(zip(names, labels_of(names), strict=True))
+    def _by_folder(self, sources: Sequence[Source], name: str, names: Sequence[str],
+                   contents: Callable[[], Iterable[Content]], where: Callable[[str], str] = str) -> Things:
+        """Files whose folders are their labels. `where`: the place of each of `names`, by which `contents` go."""
+        labels = dict(zip(names, labels_of(names), strict=True))
         if self._columns(name)[1] is not None:
-            refuse_splits(list(labels.values()), shared(where))
+            refuse_splits(list(labels.values()), shared([where(one) for one in names]))
 
         def found() -> Iterator[Found]:
             for one, value, fault in contents():
-                yield Found(places[one], value, labels[one], fault)
+                yield Found(where(one), value, labels[one], fault)
 
         return self._things(sources, name, "folder" if any(labels.values()) else "", found)
 

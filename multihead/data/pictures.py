@@ -33,7 +33,7 @@ class PictureRows(MediaRows):
         if pictures := groups["thing"]:
             names = [source.name for source in pictures]
             name = shared(names)
-            made.append(self._by_folder(pictures, name, names, names, partial(self._read, pictures)))
+            made.append(self._by_folder(pictures, name, names, partial(self._read, pictures)))
         return made
 
     def _idx(self, found: Idx) -> Things:
