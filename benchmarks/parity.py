@@ -4,7 +4,7 @@ Random weights (seeded, nothing at 0 or 1) in small models of transformers' own 
 
     in      its folder opened here: logits of whole texts, and of texts read token by token through the cache, alone and
             as a padded batch; encoders: hidden states of a padded batch with segments, and their head's logits;
-            ViT and DeiT: logits of pictures
+            ViT and DeiT: logits of pictures; Whisper: frames, logits of recordings with texts, whole and by cache
     after   the same weights through a recipe without a step and `multihead export`, loaded by transformers again
     own     runs of our own, one step from random weights, by `multihead export`
     bits    whether every tensor of that folder is bit-equal to the first
@@ -138,6 +138,40 @@ def pictures(name: str, folder: Path) -> dict[str, float | bool]:
     return {"whole": whole, "after": done.proof.difference, "bits": same}
 
 
+def hearing(folder: Path) -> dict[str, float | bool]:
+    """The row of the table for Whisper: frames and logits of three recordings of several lengths, and bits there and
+    back."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from multihead.export import export
+    from multihead.train import train
+    from tests.weights import test_whisper
+
+    there, model, made = test_whisper.folder(folder / "there")
+    _, ours = test_whisper.ours(there)
+    heard = made([wave.astype(np.float32) / 32768 for wave in test_whisper.sounds()], sampling_rate=16000,
+                 return_tensors="pt")["input_features"]
+    ids = torch.randint(7, 320, (3, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        samples, lengths = test_whisper.batch(test_whisper.sounds())
+        frames = float((ours.features(samples, lengths).mT - heard).abs().max())
+        theirs = model(input_features=heard, decoder_input_ids=ids).logits
+        memory, sizes = ours.encode(samples, lengths)
+        whole = float((ours.head(ours.states(memory, sizes, ids)) - theirs).abs().max())
+        (state, logits), cached = ours.begin(memory, ids[:, :4]), 0.0
+        for t in range(4, 30):
+            cached = max(cached, float((logits - theirs[:, t - 1]).abs().max()))
+            logits = ours.step(ids[:, t], state)
+    run = train(test_whisper.recipe(folder / "work"), run=folder / "run", progress=False)
+    done = export(run, folder / "back", texts=8)
+    assert done.proof is not None
+    old, new = (load_file(path / "model.safetensors") for path in (there, done.path))
+    same = old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    return {"frames": frames, "whole": whole, "cached": cached, "after": done.proof.difference, "bits": same}
+
+
 def minilm(base: Path) -> tuple[float, float] | None:
     """The largest difference of an embedding's component, before and after an export; None where the package is not
     installed."""
@@ -193,6 +227,7 @@ def main() -> int:
                     found[f"{name} {task}"] = encoder(name, made(Path(base) / f"{name}{task}"), head, task)
         for name in test_pictures.KINDS:
             found[name] = pictures(name, made(Path(base) / name))
+        found["whisper"] = hearing(made(Path(base) / "whisper"))
         run = test_pictures.trained(Path(base) / "own vit", test_pictures.VIT, test_pictures.LIKE)
         own = export(run, Path(base) / "own vit" / "out", texts=8)
         assert own.proof is not None
@@ -205,7 +240,7 @@ def main() -> int:
                                                      done.proof.difference)}
     aims = []
     for name, row in found.items():
-        for key in ("whole", "cached", "after", "own"):
+        for key in ("frames", "whole", "cached", "after", "own"):
             if key in row:
                 aims.append(Aim(f"{name}: {key}", None, f"{row[key]:.1e}", "logit", f"≤ {CLOSE:g}", row[key] <= CLOSE))
         if "bits" in row:
