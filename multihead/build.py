@@ -204,17 +204,6 @@ def trainable(model: nn.Module) -> str:
               f"{every:,} 个参数中训练 {live:,} 个（{share} %）")
 
 
-def sizes(model: nn.Module) -> list[tuple[str, int, int]]:
-    """(name, parameters, bytes) of each part of the model; a shared weight counts where it stands first."""
-    seen: set[int] = set()
-    found = []
-    for name, part in model.named_children():
-        own = [p for p in part.parameters() if p.data_ptr() not in seen]
-        seen.update(p.data_ptr() for p in own)
-        found.append((name, sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)))
-    return found
-
-
 def prove(task: Task, model: nn.Module, recipe: Recipe, store: Store) -> dict[str, Any]:
     """One batch through loss and gradient: shapes, the first loss, and that every parameter is reached.
 

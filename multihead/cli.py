@@ -108,38 +108,14 @@ def prepare(recipe: RecipePath, overrides: Overrides = None, run: RunOption = No
     console.print(tr(f"prepared {folder.path}", f"已准备好 {folder.path}"), markup=False)
 
 
-@app.command(help=tr("step 2: the model's parts and sizes, proved by one batch",
-                     "第 2 步：模型的组成与大小，并用一个批次验证能训练"))
+@app.command(help=tr("step 2: the model's parts, what training it costs, and a batch that proves it",
+                     "第 2 步：模型的组成、训练的开销，并用一个批次验证能训练"))
 def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
-    from rich.table import Table
-
-    from multihead import build as building
-    from multihead.data.store import Store
-    from multihead.prepare import give_origin, make_task, run_step
-    from multihead.run import size_text
+    from multihead.costing import show
+    from multihead.prepare import run_step
 
     folder, _ = run_step(recipe, overrides or (), run, restart, _ticker(tr("rows read", "已读行数")))
-    resolved = building.read_resolved(folder)
-    task = make_task(resolved, folder.path)
-    task.load(folder.file("codec"))
-    give_origin(resolved, task, folder)
-    model, taken = building.training_model(task, resolved)
-    table = Table(title=tr("Model", "模型"))
-    for head in (tr("part", "部分"), tr("parameters", "参数"), tr("memory", "内存")):
-        table.add_column(head, justify="left" if not table.columns else "right")
-    parts = building.sizes(model)
-    for name, count, size in parts:
-        table.add_row(name, f"{count:,}", size_text(size))
-    table.add_row(tr("total", "合计"), f"{sum(p[1] for p in parts):,}", size_text(sum(p[2] for p in parts)))
-    proof = building.prove(task, model, resolved, Store(folder.file("data/train")))
-    console = _console()
-    console.print(table)
-    if taken is not None:
-        console.print(f"{taken}\n{building.trainable(model)}", markup=False)
-    shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in proof["batch"].items())
-    loss, norm = f"{proof['loss']:.4f}", f"{proof['gradient_norm']:.4f}"
-    console.print(tr(f"one batch ({shapes}): loss {loss}, gradient norm {norm}; every parameter is reached",
-                     f"一个批次（{shapes}）：损失 {loss}，梯度范数 {norm}；梯度到达每个参数"), markup=False)
+    show(folder, _console())
 
 
 @app.command(help=tr("steps 1 to 3: prepare, build, train; the same line resumes",

@@ -19,11 +19,13 @@ import pytest
 import torch
 import yaml
 
-from multihead import evaluate, prepare, task
+from multihead import costing, evaluate, prepare, task
 from multihead import recipe as recipes
 from multihead.data import audio, images, video
+from multihead.data.store import Store
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint, device
+from multihead.runtime.shadow import Shadow, Watch
 from multihead.train import Trainer, train
 
 TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny"
@@ -185,6 +187,14 @@ class Contract:
         trainer.model.eval()
         trainer.task.loss(trainer.model, self._batch(trainer, range(8))).total.backward()
         assert [n for n, p in trainer.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_what_a_step_costs_is_counted_without_numbers(self, recipe_path: Path, tmp_path: Path) -> None:
+        recipe, made, folder = self._prepared(recipe_path, tmp_path / "run", "model.dropout=0.1")
+        store = Store(folder.file("data/train"))
+        told, seen = (costing.step_cost(made, recipe, store, watch) for watch in (Shadow(), Watch()))
+        assert told.flops == seen.flops > 0 and told.count == seen.count and told.parts == seen.parts
+        for name in ("weights", "gradients", "optimizer", "activations", "peak"):
+            assert getattr(told, name) == pytest.approx(getattr(seen, name), rel=0.03), name
 
     def test_accumulated_gradients_are_those_of_the_whole_batch(self, recipe_path: Path, tmp_path: Path) -> None:
         whole = self._trainer(recipe_path, tmp_path / "a", "model.dropout=0")

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "dealing",
         "prepare",
         "build",
+        "costing",
         "train",
         "evaluate",
         "keeping",
