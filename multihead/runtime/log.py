@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -120,6 +121,13 @@ def resume_command(argv: Sequence[str] | None = None) -> str:
         start = ["python", "-m", "multihead"]
     else:
         start = ["multihead"] if Path(name).stem == "multihead" else ["python", arguments[0]]
+    if "TORCHELASTIC_RUN_ID" in os.environ and start[-1] == "multihead":
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        several = [f"--nnodes={machines}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"] if machines > 1 else []
+        # torchrun takes options for its own.
+        dashes = ["--"] if any(word.startswith("-") for word in arguments[1:]) else []
+        each = f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+        start = ["torchrun", *several, each, "-m", *dashes, "multihead"]
     return shlex.join([*start, *arguments[1:]])
 
 

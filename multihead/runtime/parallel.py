@@ -109,13 +109,16 @@ class Shards(Engine):
         mesh = init_device_mesh(device.type, (crew.world,))
         low = None if precision == torch.float32 else precision
         inside = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        # What leaves a trunk meets weights in float32 again, and a norm wants both alike.
+        at_end = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        ends = {id(trunk.blocks[-1]) for trunk in model.modules() if isinstance(trunk, Trunk)}
         outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks(model):
             if block.cross is not None:  # its keys and values are worked out before the block is called
                 fully_shard(block.cross, mesh=mesh, mp_policy=inside)
                 register_fsdp_forward_method(block.cross, "memory")
                 register_fsdp_forward_method(block.cross, "over")
-            fully_shard(block, mesh=mesh, mp_policy=inside)
+            fully_shard(block, mesh=mesh, mp_policy=at_end if low and id(block) in ends else inside)
         self.root: Any = fully_shard(self.asked, mesh=mesh, mp_policy=outside, ignored_params=set(self.apart))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.__dict__.update(marks[name])  # what the optimizer reads there

@@ -104,3 +104,14 @@ def test_words_for_numbers_and_commands() -> None:
     assert resume_command(["/x/bin/multihead", *run]) == "multihead train '我的 数据.yaml' train.steps=5"
     assert resume_command(["/x/multihead/__main__.py", "train"]) == "python -m multihead train"
     assert resume_command(["mine.py"]) == "python mine.py"
+
+
+def test_torchrun_is_part_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    main = "/x/multihead/__main__.py"
+    assert resume_command([main, "train", "a.yaml"]) == "torchrun --nproc-per-node=8 -m multihead train a.yaml"
+    options = resume_command([main, "train", "a.yaml", "--run", "b"])
+    assert options == "torchrun --nproc-per-node=8 -m -- multihead train a.yaml --run b"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
+    assert "--nnodes=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 " in resume_command([main, "train", "a.yaml"])
