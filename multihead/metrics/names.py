@@ -41,6 +41,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "agreement": ("drawn as asked, by the judge", "与要求一致（由评判模型判断）"),
     "frechet": ("Fréchet distance of drawn pictures", "生成图片的 Fréchet 距离"),
     "frechet_floor": ("… of as many training pictures", "……同样多的训练图片"),
+    "psnr": ("PSNR of rebuilt pictures, dB", "重建图片的峰值信噪比（dB）"),
     "lr": ("learning rate", "学习率"),
     "tokens_per_s": ("tokens per second", "每秒词元数"),
 }

@@ -1,5 +1,7 @@
 """A diffusion Transformer: from a picture full of noise, a time, and what is wanted, to the velocity towards pictures.
 
+Pictures may be latents: what an autoencoder makes of them, with as many channels and as small a side as it gives.
+
 Legend: B pictures, C channels, S side, P side of a patch, G = S / P, N = G² patches, D d_model, L ids of a caption.
 """
 
@@ -12,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor, nn
 
-from multihead.codec.image import ImageCodec
+from multihead.errors import UserError, tr
 from multihead.generation import flow
 from multihead.task import Options
 from multihead.transformer.config import TransformerConfig
@@ -43,8 +45,19 @@ class DrawingOptions(Options):
     """Names of labels that are the numbers 0, 1, 2 … in the data.
     数据中标签是 0、1、2…… 时，依次对应的名称。"""
     patch: int = Field(4, ge=1, le=64)
-    """Side of a patch; the smaller, the better and the slower.
-    图块边长；越小效果越好，也越慢。"""
+    """Side of a patch; the smaller, the better and the slower. Of latents, where there are any: 1 or 2 then.
+    图块边长；越小效果越好，也越慢。使用隐变量（latent）时以隐变量计，宜取 1 或 2。"""
+    latent: Literal[2, 4, 8, 16] | None = None
+    """Draw in the latents of an autoencoder, so many times smaller on each side than the pictures: for sides beyond 64.
+    It is learned from the training pictures first. null: draw pixels.
+    在自编码器的隐变量中生成，其每边是图片的几分之一；适合边长超过 64 的图片。自编码器先用训练图片学得。
+    null 表示直接生成像素。"""
+    latent_channels: int = Field(4, ge=1, le=64)
+    """Numbers a place of the latents has: more are truer to the pictures, and harder to draw.
+    隐变量每个位置的数值个数；越多越忠于原图，也越难生成。"""
+    latent_steps: int = Field(2000, ge=1, le=1_000_000)
+    """Steps in which the autoencoder is learned, of 32 pieces of pictures each.
+    自编码器的训练步数，每步 32 个图块。"""
     flip: bool = False
     """Mirror half of the pictures in training, where left and right are alike.
     训练时一半图片左右翻转（左右无别的内容适用）。"""
@@ -108,14 +121,15 @@ class PictureFlow(nn.Module):
     the mean of its vectors is added to the time's, and every block looks at them all.
     """
 
-    def __init__(self, config: TransformerConfig, codec: ImageCodec, options: Any, told: Told, classes: int = 0,
+    def __init__(self, config: TransformerConfig, shape: tuple[int, int], options: Any, told: Told, classes: int = 0,
                  vocab_size: int = 0) -> None:
+        """`shape`: C and S."""
         super().__init__()
-        self.patch, self.channels = options.patch, codec.channels
+        self.patch, (self.channels, side) = options.patch, shape
         self.label: nn.Embedding | None = None
         self.words: TokenInput | None = None
         self.reader: Trunk | None = None
-        self.input = PatchInput(config, codec.channels, codec.size, options.patch)
+        self.input = PatchInput(config, self.channels, side, options.patch)
         self.time = TimeInput(config.d_model)
         if told == "label":
             self.label = nn.Embedding(classes + 1, config.d_model)
@@ -123,7 +137,7 @@ class PictureFlow(nn.Module):
             reading = replace(config, num_layers=options.text_layers, max_length=options.caption_length)
             self.words, self.reader = TokenInput(reading, vocab_size), Trunk(reading)
         self.trunk = patch_trunk(config, self.input.grid, 0, conditioned=True, cross_attention=told == "text")
-        self.head = nn.Linear(config.d_model, codec.channels * options.patch**2)
+        self.head = nn.Linear(config.d_model, self.channels * options.patch**2)
         # Near zero as the gates are: at first the model says nothing, and every weight learns.
         nn.init.normal_(self.head.weight, std=0.1 * config.d_model**-0.5)
         nn.init.zeros_(self.head.bias)
@@ -144,6 +158,28 @@ class PictureFlow(nn.Module):
             condition_BD = condition_BD + wish.vector
         y_BND = self.trunk(self.input(x_BCSS), memory=wish.memory, memory_mask=wish.mask, condition=condition_BD)
         return unpatched(self.head(y_BND).float(), self.patch, self.channels)
+
+
+def check_side(side: int, options: Any) -> None:
+    """UserError where pictures of that side cannot be cut into patches, of pixels or of latents."""
+    shrink = options.latent or 1
+    if side % (options.patch * shrink):
+        en = f" of latents {shrink} times smaller" if shrink > 1 else ""
+        zh = f"（隐变量，每边缩小 {shrink} 倍）" if shrink > 1 else ""
+        raise UserError(tr(f"options.patch is {options.patch}{en}, which does not divide the pictures' size {side}",
+                           f"options.patch 是 {options.patch}{zh}，不能整除图片大小 {side}"))
+
+
+def check_trunk(config: TransformerConfig) -> None:
+    """UserError where a trunk of that shape cannot draw."""
+    if config.positions == "rotary" and config.head_size % 4:
+        raise UserError(tr("rotary positions in two dimensions need a head width (model.d_model / model.num_heads) "
+                           f"that is a multiple of 4; it is {config.head_size}",
+                           f"二维 rotary 位置编码要求每个头的宽度（model.d_model / model.num_heads）是 4 的倍数；"
+                           f"现在是 {config.head_size}"))
+    if config.norm_position != "before":
+        raise UserError(tr("a diffusion Transformer has its norms before: model.norm_position: before",
+                           "扩散 Transformer 的归一化在前：model.norm_position: before"))
 
 
 def unpatched(x_BNF: Tensor, patch: int, channels: int) -> Tensor:

@@ -24,7 +24,7 @@ from multihead.runtime import checkpoint
 from multihead.task import find
 
 CELLS = 8
-WIDE, NEIGHBOURS, NEAR = 8, 20, 4
+WIDE, NEIGHBOURS, NEAR, REBUILT = 8, 20, 4, 12
 CHUNK = 256
 TOO_MANY = 20_000_000  # numbers held at once when neighbours are looked for
 
@@ -183,4 +183,16 @@ def copies(pictures: Sequence[str], real: np.ndarray, learned: np.ndarray) -> Ga
                  f"留出的真实图片到最近训练图片的距离为 {usual:.3f}。"),
         "rows": [{"name": f"{distance[0]:.3f}", "pictures": [uri, *map(to_png, learned[near])]}
                  for uri, near, distance in zip(pictures, which, far, strict=False)],
+    }  # fmt: skip
+
+
+def rebuilt(real: np.ndarray, again: np.ndarray, decibels: np.ndarray) -> Gallery:
+    """Held-out pictures beside what the autoencoder makes of them, uint8 (n, C, S, S) each, with their PSNR (n,)."""
+    return {
+        "title": ("What the autoencoder keeps", "自编码器保留了什么"),
+        "note": ("A held-out picture, and beside it the same, rebuilt from its latents: what is drawn is no sharper. "
+                 "In their order, with the peak signal-to-noise ratio.",
+                 "左为留出图片，右为由其隐变量重建的同一张图：生成的图片不会更清晰。按数据顺序，旁边是峰值信噪比。"),
+        "rows": [{"name": f"{ratio:.1f} dB", "pictures": [to_png(one), to_png(other)]}
+                 for one, other, ratio in zip(real, again, decibels, strict=True)],
     }  # fmt: skip

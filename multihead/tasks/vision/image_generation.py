@@ -2,7 +2,7 @@
 
 A diffusion Transformer (Peebles & Xie 2023) that learns by flow matching which way leads from noise to pictures
 (Lipman et al. 2023; Liu et al. 2023), and is steered without a classifier (Ho & Salimans 2022). It works on the
-pictures' own values, which for sides up to 64 needs no autoencoder.
+pictures' own values, or for larger ones on the latents of an autoencoder (Rombach et al. 2022), a codec of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from multihead.metrics.frechet import frechet
 from multihead.run import write_json
 from multihead.task import Answer, Batch, Example, Loss, Task
 from multihead.tasks.vision import _drawn as drawn
-from multihead.tasks.vision._diffusion import DrawingOptions, PictureFlow, Told, Wish
+from multihead.tasks.vision import _latents as latents
+from multihead.tasks.vision._diffusion import DrawingOptions, PictureFlow, Told, Wish, check_side, check_trunk
 from multihead.tasks.vision.image_classification import IMAGE_NAMES, KEPT, SAMPLE, _Some
 from multihead.transformer.config import TransformerConfig
 
@@ -70,6 +71,8 @@ class ImageGeneration(Task):
     }
 
     codec: ImageCodec
+    latents: latents.Latents | None = None
+    """Where the model works on latents, from pictures to them and back."""
     labels: LabelCodec
     words: TextCodec
     told: Told | None = None
@@ -104,13 +107,18 @@ class ImageGeneration(Task):
                                f"options.condition 是 {self.told}，但数据没有 '{missing}' 列；"
                                f"请指明 data.columns.{missing}"))
         o = self.options
-        self.codec = ImageCodec.fit(_Some(rows, -(-total // SAMPLE)), o.size, o.patch, o.channels, o.fit)
+        many = o.patch * (o.latent or 1)
+        self.codec = ImageCodec.fit(_Some(rows, -(-total // SAMPLE)), o.size, many, o.channels, o.fit)
+        check_side(self.codec.size, o)
         if self.told == "label":
             self.labels = LabelCodec.fit(counts)
         if self.told == "text":
             texts = (text for row in rows for name in self._captions() if (text := row.get(name)))
             self.words = TextCodec.fit(texts, o.tokenizer, o.vocab_size)
         self._looker()
+        if o.latent:
+            some = _Some(rows, latents.every(total, self.codec))
+            self.latents = latents.Latents.learn(some, self.codec, o, self.seed)
 
     def _captions(self) -> list[str]:
         return [column.name for column in self.columns if column.kind == "text"]
@@ -122,7 +130,10 @@ class ImageGeneration(Task):
     def encode(self, row: dict[str, Any]) -> Example:
         example: Example = {}
         if row.get("image") is not None:
-            example["image"] = self.codec.encode(row["image"])
+            example["image"] = image = self.codec.encode(row["image"])
+            if self.latents is not None:
+                both = np.stack([image, image[:, :, ::-1]] if self.options.flip else [image])
+                example |= dict(zip(("latent", "mirrored"), self.latents.encode(both), strict=False))
         if self.told == "text":
             texts = [text for name in self._captions() if (text := row.get(name))]
             example["ids"] = np.concatenate([self._read(text) for text in texts or [""]]).astype(np.int32)
@@ -170,6 +181,8 @@ class ImageGeneration(Task):
 
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
+        if self.latents is not None:
+            self.latents.save(folder)
         write_json(folder / "told.json", {"told": self.told})
         if self.told == "label":
             self.labels.save(folder)
@@ -178,6 +191,8 @@ class ImageGeneration(Task):
 
     def load(self, folder: Path) -> None:
         self.codec = ImageCodec.load(folder)
+        if self.options.latent:
+            self.latents = latents.Latents.load(folder, self.codec.channels, self.options)
         told = (folder / "told.json").read_text("utf-8") if (folder / "told.json").is_file() else ""
         self.told = next((kind for kind in get_args(Told) if f'"{kind}"' in told), None)
         if self.told is None:
@@ -191,31 +206,26 @@ class ImageGeneration(Task):
     # -- build and train ----------------------------------------------------------------------------------------------
 
     def model(self, config: TransformerConfig) -> PictureFlow:
-        size, patch = self.codec.size, self.options.patch
-        if size % patch:
-            raise UserError(tr(f"options.patch is {patch}, which does not divide the pictures' size {size}",
-                               f"options.patch 是 {patch}，不能整除图片大小 {size}"))
-        if config.positions == "rotary" and config.head_size % 4:
-            raise UserError(tr("rotary positions in two dimensions need a head width (model.d_model / model.num_heads) "
-                               f"that is a multiple of 4; it is {config.head_size}",
-                               f"二维 rotary 位置编码要求每个头的宽度（model.d_model / model.num_heads）是 4 的倍数；"
-                               f"现在是 {config.head_size}"))
-        if config.norm_position != "before":
-            raise UserError(tr("a diffusion Transformer has its norms before: model.norm_position: before",
-                               "扩散 Transformer 的归一化在前：model.norm_position: before"))
+        check_side(self.codec.size, self.options)
+        check_trunk(config)
         assert self.told is not None
         classes = len(self.labels) if self.told == "label" else 0
         vocabulary = self.words.vocab_size if self.told == "text" else 0
-        return PictureFlow(config, self.codec, self.options, self.told, classes, vocabulary)
+        return PictureFlow(config, self._shape()[:2], self.options, self.told, classes, vocabulary)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """The noise to start from, the time to look at, and whether the model is told what is on the picture."""
-        o, image = self.options, example["image"]
-        found = {**example, "noise": rng.standard_normal(image.shape, dtype=np.float32),
-                 "time": np.array(flow.draw_time(rng, o.times), dtype=np.float32)}
+        o, found = self.options, dict(example)
+        found["noise"] = rng.standard_normal(self._shape(), dtype=np.float32)
+        found["time"] = np.array(flow.draw_time(rng, o.times), dtype=np.float32)
         dropped = rng.random() < o.drop
-        if o.flip and rng.random() < 0.5:
-            found["image"] = np.ascontiguousarray(image[:, :, ::-1])
+        mirrored = o.flip and rng.random() < 0.5
+        if self.latents is not None:
+            del found["image"]
+            other = found.pop("mirrored", found["latent"])
+            found["latent"] = other if mirrored else found["latent"]
+        elif mirrored:
+            found["image"] = np.ascontiguousarray(example["image"][:, :, ::-1])
         if self.told == "text":
             found["ids"] = example["ids"][:1] if dropped else self._caption(example["ids"], rng)
         elif self.told == "label" and dropped:
@@ -257,8 +267,17 @@ class ImageGeneration(Task):
         return {"ids": batch["ids"][:, :1], "ids_lengths": torch.ones_like(batch["ids_lengths"])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        error = self._error(model, _values(batch["image"]), batch["noise"], batch["time"], self._wish(model, batch))
+        error = self._error(model, self._data(batch), batch["noise"], batch["time"], self._wish(model, batch))
         return Loss(error.sum(), len(error))
+
+    def _shape(self) -> tuple[int, int, int]:
+        """Channels and sides of what the model draws: of pictures, or of their latents."""
+        o, side = self.options, self.codec.size // (self.options.latent or 1)
+        return (o.latent_channels if o.latent else self.codec.channels, side, side)
+
+    @staticmethod
+    def _data(batch: Batch) -> Tensor:
+        return batch["latent"] if "latent" in batch else latents.values(batch["image"])
 
     @staticmethod
     def _error(model: nn.Module, data: Tensor, noise: Tensor, t_B: Tensor, wish: Wish) -> Tensor:
@@ -288,13 +307,11 @@ class ImageGeneration(Task):
 
     def draw(self, model: nn.Module, batch: Batch, seeds: Sequence[int], drawing: flow.Drawing) -> np.ndarray:
         """One picture for each row of a batch: uint8 (B, C, S, S). `seeds`: of each picture's own noise."""
-        side, channels = self.codec.size, self.codec.channels
-        device = next(model.parameters()).device
-        found = []
+        device, found = next(model.parameters()).device, []
         for start in range(0, len(seeds), AT_ONCE):
             part = {key: value[start : start + AT_ONCE] for key, value in batch.items()}
             told, free = self._wish(model, part), self._wish(model, self._free(part))
-            noise = flow.noise_of(seeds[start : start + AT_ONCE], (channels, side, side), device)
+            noise = flow.noise_of(seeds[start : start + AT_ONCE], self._shape(), device)
 
             def both(x: Tensor, t_B: Tensor, told: Wish = told, free: Wish = free) -> tuple[Tensor, Tensor]:
                 return model(x, t_B, told), model(x, t_B, free)
@@ -303,13 +320,15 @@ class ImageGeneration(Task):
                 return model(x, t_B, told)
 
             velocity = plain if drawing.guidance == 1 else flow.guided(both, drawing.guidance)
-            found.append(drawn.bytes_of(flow.integrate(velocity, noise, drawing.steps, drawing.method)))
+            x = flow.integrate(velocity, noise, drawing.steps, drawing.method)
+            found.append(drawn.bytes_of(x if self.latents is None else self.latents.decode(x)))
         return np.concatenate(found)
 
     def _measured(self, model: nn.Module, batch: Batch) -> list[Answer]:
         """The loss of each held-out row, at times and with noise that depend on the row alone; and pictures."""
-        keys = [_key(picture) for picture in batch["image"].cpu().numpy()]
-        data, wish = _values(batch["image"]), self._wish(model, batch)
+        pictures = batch["image"].cpu().numpy()
+        keys = [_key(picture) for picture in pictures]
+        data, wish = self._data(batch), self._wish(model, batch)
         errors = []
         for quarter in range(TIMES):
             rngs = [np.random.default_rng([key, quarter]) for key in keys]
@@ -317,11 +336,15 @@ class ImageGeneration(Task):
             noise = np.stack([rng.standard_normal(data.shape[1:], dtype=np.float32) for rng in rngs])
             errors.append(self._error(model, data, torch.from_numpy(noise).to(data.device), t_B, wish))
         answers: list[Answer] = [{"loss": float(f"{v:.6g}")} for v in torch.stack(errors).mean(0).tolist()]
+        if self.latents is not None:
+            again = drawn.bytes_of(self.latents.decode(data))
+            for answer, decibels in zip(answers, latents.psnr(again, pictures).tolist(), strict=True):
+                answer["psnr"] = float(f"{decibels:.6g}")
         chosen = [i for i, key in enumerate(keys) if key <= self._least]
         if chosen:
-            told = {key: value[chosen] for key, value in batch.items() if key != "image"}
-            pictures = self.draw(model, told, [keys[i] for i in chosen], self._drawing({}))
-            for i, picture in zip(chosen, pictures, strict=True):
+            told = {key: value[chosen] for key, value in batch.items() if key not in ("image", "latent", "mirrored")}
+            drawings = self.draw(model, told, [keys[i] for i in chosen], self._drawing({}))
+            for i, picture in zip(chosen, drawings, strict=True):
                 answers[i]["picture"] = drawn.to_png(picture)
         return answers
 
@@ -340,14 +363,16 @@ class ImageGeneration(Task):
     def score(
         self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]], weights: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """The loss; of pictures drawn for held-out rows, how often the judge sees the label asked for, and the Fréchet
-        distance to the held-out pictures, beside that of as many training pictures (its floor).
+        """The loss; how well an autoencoder gives pictures back (PSNR in dB); of pictures drawn for held-out rows, how
+        often the judge sees the label asked for, and the Fréchet distance to the held-out pictures, beside that of as
+        many training pictures (its floor).
 
         Args:
             weights: (R, n), see `metrics.intervals.bootstrap`; figures are then arrays (R,). A Fréchet distance has
                 no such interval: a picture that counts twice makes it larger.
         """
-        found: dict[str, Any] = {"loss": metrics.mean(np.array([answer["loss"] for answer in answers]), weights)}
+        found: dict[str, Any] = {name: metrics.mean(np.array([answer[name] for answer in answers]), weights)
+                                 for name in ("loss", "psnr") if name in answers[0]}
         chosen = [i for i, answer in enumerate(answers) if "picture" in answer]
         if len(chosen) < 2:
             return found
@@ -386,6 +411,9 @@ class ImageGeneration(Task):
         found = [drawn.pairs(asked, pictures, real) if self.told == "text" else drawn.grid(asked, pictures)]
         if self._train is not None:
             found.append(drawn.copies(pictures, real, drawn.pictures_of(self._train)))
+        if self.latents is not None:
+            again = self.latents.rebuilt(some := real[: drawn.REBUILT])
+            found.append(drawn.rebuilt(some, again, latents.psnr(some, again)))
         looked = f"Fréchet: {self._looker().name[0]}, {len(chosen)} / {len(rows)}"
         return {"galleries": found, "signatures": {"features": looked}}
 
@@ -411,11 +439,6 @@ class ImageGeneration(Task):
                                    "这个模型自由生成，无法指定内容；请发送空文本"))
             return {}
         return {"label" if self.told == "label" else "caption": body}
-
-
-def _values(pictures: Tensor) -> Tensor:
-    """uint8 → values from −1 to 1."""
-    return pictures.float() / 127.5 - 1
 
 
 def _key(picture: np.ndarray) -> int:
