@@ -370,7 +370,11 @@ def _open_all(data: Data, task: Task, base: Path) -> dict[str, Rows]:
     named: dict[str, Files | None] = {part: getattr(data, part) for part in PARTS}
     alone = data.valid is None and data.test is None
     if alone and isinstance(data.train, str) and any(column.kind in MEDIA for column in task.columns):
-        named |= parts_of(data.train, base)
+        named |= (found := parts_of(data.train, base))
+        if found:
+            told = ", ".join(f"{part} = {path}" for part, path in found.items())
+            print(tr(f"note: parts of the data were found by their folders: {told}",
+                     f"提示：按文件夹找到了数据的各部分：{told}"), file=sys.stderr)
     for part, paths in named.items():
         if paths is None:
             continue

@@ -67,7 +67,9 @@ def parts_of(item: str, base: Path | str = ".") -> dict[str, str]:
 
 
 def _named(item: str, folders: Sequence[str], files: Sequence[str]) -> dict[str, str]:
-    found = {PARTS[name.casefold()]: f"{item}/{name}" for name in sorted(folders) if name.casefold() in PARTS}
+    called = sorted((name for name in folders if name.casefold() in PARTS),
+                    key=lambda name: ("train", "valid", "test").index(PARTS[name.casefold()]))
+    found = {PARTS[name.casefold()]: f"{item}/{name}" for name in called}
     alone = len(found) == len(folders) > 1 and "train" in found
     return found if alone and not any(name.lower().endswith(_TABLES) for name in files) else {}
 

@@ -268,7 +268,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_folders_of_parts_are_parts_wherever_they_lie(kind: str, tmp_path: Path) -> None:
+def test_folders_of_parts_are_parts_wherever_they_lie(kind: str, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     pytest.importorskip("PIL")
     from multihead.prepare import run_step
 
@@ -284,6 +285,7 @@ def test_folders_of_parts_are_parts_wherever_they_lie(kind: str, tmp_path: Path)
             "train": 9, "valid": 3, "test": 3}, what  # fmt: skip
         assert "/train" in report["reading"]["train"][0] and "/val" in report["reading"]["valid"][0]
         assert report["rejected"]["count"] == 0
+        assert f"train = {place}" in capsys.readouterr().err, what
 
 
 def test_a_part_of_an_archive_has_a_name(tmp_path: Path) -> None:
