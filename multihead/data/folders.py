@@ -18,12 +18,12 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 def labels_of(names: Sequence[str]) -> list[str | None]:
     """The label of each file: the first folder of its path in which the paths differ; where all lie in one folder, that
-    one's name; None for files above the folders of the others."""
+    one's name, unless it is that of a part; None for files above the folders of the others."""
     folders = [PurePosixPath(name.replace(os.sep, "/")).parts[:-1] for name in names]
     first, last = min(folders, default=()), max(folders, default=())
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    if all(len(parts) == common for parts in folders):
-        common = max(0, common - 1)
+    if all(len(parts) == common for parts in folders) and first[-1:] and first[-1].casefold() not in PARTS:
+        common -= 1
     return [parts[common] if len(parts) > common else None for parts in folders]
 
 

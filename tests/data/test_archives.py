@@ -307,6 +307,7 @@ def test_a_part_of_an_archive_has_a_name(tmp_path: Path) -> None:
     files = {"train/1.pgm": frame(1), "val/1.pgm": frame(2), "cat/1.pgm": b""}
     assert parts_of(packed(tmp_path / "beside.tar", files)) == {} == parts_of(str(tmp_path / "none"))
     assert parts_of(packed(tmp_path / "one.tar", {"a/train/1.pgm": frame(1)})) == {}
+    assert "no labels" in refused(f"{packed(tmp_path / 'bare.zip', {'test/1.pgm': frame(1)})}/test", PICTURE)
 
 
 def test_init_names_the_parts_of_an_archive(tmp_path: Path) -> None:
