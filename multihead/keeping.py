@@ -22,6 +22,8 @@ from multihead.stepping import Stepper, rows_of
 from multihead.task import Task
 from multihead.transformer import lora
 
+MEMORY = "memory.json"
+
 
 def latest(folder: RunFolder, crew: Crew) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The newest whole checkpoint, or None, and what was skipped; read through by the first process alone."""
@@ -46,6 +48,20 @@ def restore(saved: checkpoint.Checkpoint, stepper: Stepper, ema: optim.EMA | Non
     stepper.at_once = meta.get("at_once", stepper.at_once)
     if ema is not None:
         ema.load(saved.tensors("ema"), meta["ema_updates"])
+
+
+def remember(folder: RunFolder, rows: int) -> None:
+    """For the next start: no more than so many rows at once fit into memory. Any process may say so."""
+    if rows:
+        folder.write_json(MEMORY, {"rows_at_once": rows})
+
+
+def heed_memory(folder: RunFolder, stepper: Stepper) -> None:
+    """Take no more rows at once than an earlier start found to fit."""
+    if folder.file(MEMORY).is_file():
+        found: Any = folder.read_json(MEMORY)
+        rows = int(found["rows_at_once"])
+        stepper.at_once = min(rows, stepper.at_once or rows)
 
 
 def save(

@@ -37,6 +37,12 @@ class Outcome(NamedTuple):
     """Whether a signal asked any process to stop."""
 
 
+class TooMuch(UserError):
+    """Memory did not suffice among several processes, or for a single row. `rows`: how many to try next; 0: none."""
+
+    rows = 0
+
+
 class Stepper:
     """The model with its optimizer, and how a step is taken.
 
@@ -151,20 +157,23 @@ class Stepper:
             f"一次计算 {rows} 行时内存不足；此后一次 {self.at_once} 行，每步 {parts} 次，梯度不变。"
             f"可用 train.micro_batch={self.at_once} 直接这样开始"))
 
-    def _too_much(self, rows: int, error: BaseException) -> UserError:
+    def _too_much(self, rows: int, error: BaseException) -> TooMuch:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         if rows == 1:
-            return UserError(tr(
+            return TooMuch(tr(
                 f"out of memory with a single row at once ({said}); a smaller model, shorter rows, "
                 "train.recompute=true or, on several GPUs, train.parallel=fsdp need less",
                 f"一次只计算一行仍内存不足（{said}）；"
                 "可减小模型、缩短数据行、设 train.recompute=true，或在多块 GPU 上设 train.parallel=fsdp"))
-        return UserError(tr(
-            f"out of memory with {rows} rows at once ({said}); among several processes that is the end: "
-            f"write train.micro_batch={-(-rows // 2)} or train.recompute=true and start again: it goes on from the "
-            "last checkpoint",
-            f"一次计算 {rows} 行时内存不足（{said}）；多进程时无法在一步中途补救："
-            f"请设 train.micro_batch={-(-rows // 2)} 或 train.recompute=true 再启动，会从最近的检查点继续"))
+        fewer = -(-rows // 2)
+        told = TooMuch(tr(
+            f"out of memory with {rows} rows at once ({said}). Several processes cannot begin a step anew; the next "
+            f"start takes {fewer} and goes on from the last checkpoint: run the same command again (torchrun does so "
+            "itself with --max-restarts)",
+            f"一次计算 {rows} 行时内存不足（{said}）。多个进程无法重新开始一步；下次启动将一次计算 {fewer} 行，"
+            "并从最近的检查点继续：请再次运行同一条命令（torchrun 加 --max-restarts 会自动重启）"))
+        told.rows = fewer
+        return told
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -36,7 +36,7 @@ from multihead.run import RunFolder
 from multihead.runtime import device, optim
 from multihead.runtime.crew import Crew, crew
 from multihead.runtime.log import Log, Progress, resume_command
-from multihead.stepping import Outcome, Stepper
+from multihead.stepping import Outcome, Stepper, TooMuch
 from multihead.task import Batch, Task
 
 
@@ -112,6 +112,7 @@ class Trainer:
         self.device = device.choose_device(recipe.train.device, self.crew.local_rank)
         self.precision = device.choose_precision(recipe.train.precision, self.device)
         self.crew.connect(self.device)
+        device.keep_memory()
         self.examples = task.examples(Store(folder.file("data/train")), "train")
         self.valid = task.examples(Store(folder.file("data/valid")), "valid") if self._has("valid") else None
         self.stepper = Stepper(recipe, task, self.examples, self.crew, self.device, self.precision, self._say)
@@ -176,11 +177,11 @@ class Trainer:
         return self.crew.tell(max(1, min(self.settings.steps, int(minutes * 60 * 0.95 / usual))))
 
     def _resume(self) -> None:
-        if self.saved is None:
-            return
-        keeping.restore(self.saved, self.stepper, self.ema)
-        meta = self.saved.meta
-        self.step, self.best, self.done, self.seconds = self.saved.step, meta["best"], meta["done"], meta["seconds"]
+        if self.saved is not None:
+            keeping.restore(self.saved, self.stepper, self.ema)
+            meta = self.saved.meta
+            self.step, self.best, self.done, self.seconds = self.saved.step, meta["best"], meta["done"], meta["seconds"]
+        keeping.heed_memory(self.folder, self.stepper)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -219,6 +220,9 @@ class Trainer:
                 if self.bar is not None:
                     self.bar.interrupted(resume_command())
                 raise Stopped(interrupted.number) from None
+            except TooMuch as error:
+                keeping.remember(self.folder, error.rows)
+                raise
 
     def _before(self, log: Log) -> None:
         """What is to be known before the first step; and all there is to do where no step is asked for."""
@@ -341,8 +345,7 @@ class Trainer:
         number = str(self.precision).removeprefix("torch.")
         where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
         if self.crew.world > 1:
-            how, many = type(self.stepper.engine).__name__, self.crew.world
-            how = {"Copies": "ddp", "Shards": "fsdp"}[how]
+            how, many = self.stepper.engine.name, self.crew.world
             where = tr(f"{many} processes ({how}) with {where} each", f"{many} 个进程（{how}），各 {where}")
         resumed = tr(f", resumed at step {self.step}", f"，从第 {self.step} 步继续") if self.step else ""
         self._say(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multihead import prepare, task
 from multihead import recipe as recipes
+from multihead.data.loader import shares
 from multihead.errors import UserError
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint
@@ -100,6 +101,21 @@ def test_one_row_that_does_not_fit_is_a_persons_business(recipe_path: Path, tmp_
     short_of_memory(short, 0, ERRORS[0])
     with pytest.raises(UserError, match=r"out of memory with a single row at once.*recompute"):
         short.fit()
+
+
+def test_several_processes_take_fewer_rows_at_the_next_start(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = trainer(recipe_path, tmp_path / "run")
+    short_of_memory(short, 6, ERRORS[0])
+    monkeypatch.setattr(short.crew, "world", 2)  # one of two, as far as memory is concerned
+    monkeypatch.setattr("multihead.stepping.shares", lambda *more: shares(more[0]))
+    with pytest.raises(UserError, match=r"out of memory with 8 rows.*the next start takes 4"):
+        short.fit()
+    again = Trainer(short.recipe, short.task, short.folder, progress=False)
+    told = short_of_memory(again, 6, ERRORS[0])
+    again.fit()
+    assert again.stepper.at_once == 4 and not told
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(recipe_path: Path, tmp_path: Path) -> None:

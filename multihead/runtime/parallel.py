@@ -49,10 +49,11 @@ class Engine:
     """One process, one whole model.
 
     Attributes:
+        name: as ``train.parallel`` has it.
         scale: what gradients are still to be multiplied by to be sums over all processes.
     """
 
-    scale = 1.0
+    name, scale = "none", 1.0
 
     def __init__(self, model: nn.Module, ask: Ask) -> None:
         self.asked = Asked(model, ask)
@@ -71,6 +72,8 @@ class Engine:
 
 class Copies(Engine):
     """A whole model in each process; gradients are averaged while they are still being worked out (DDP)."""
+
+    name = "ddp"
 
     def __init__(self, model: nn.Module, ask: Ask, crew: Crew, device: torch.device) -> None:
         super().__init__(model, ask)
@@ -96,6 +99,8 @@ class Shards(Engine):
     """Each process holds some rows of every weight, its gradient and its averages; a block is whole while it works
     (FSDP2). In bfloat16 the blocks travel and compute so; the sums of gradients, and the weights that are kept, are
     float32."""
+
+    name = "fsdp"
 
     def __init__(self, model: nn.Module, ask: Ask, crew: Crew, device: torch.device, precision: torch.dtype) -> None:
         from torch.distributed.device_mesh import init_device_mesh
