@@ -80,14 +80,22 @@ def amplitudes(mel_TM: Tensor, rounds: int = 60) -> Tensor:
     return x_FT
 
 
-def griffin_lim(amplitude_FT: Tensor, rounds: int = 60, momentum: float = 0.99, seed: int = 0) -> Tensor:
+def griffin_lim(
+    amplitude_FT: Tensor, rounds: int = 60, momentum: float = 0.99, seed: int = 0, spectra_FT: Tensor | None = None
+) -> Tensor:
     """The waveform (N,) whose spectra have nearly these amplitudes: phases are drawn and made to agree with each other
     round by round (Griffin & Lim 1984), each time a step further than they ask for (Perraudin et al. 2013, "A fast
-    Griffin-Lim algorithm", algorithm 1)."""
+    Griffin-Lim algorithm", algorithm 1).
+
+    Args:
+        spectra_FT: complex, with the phases to begin with; None: random ones.
+    """
     F, T = amplitude_FT.shape
     samples = (T - 1) * HOP
     turn_FT = torch.rand((F, T), generator=torch.Generator().manual_seed(seed)) * (2 * np.pi)
     angle_FT = torch.polar(torch.ones_like(turn_FT), turn_FT)
+    if spectra_FT is not None:
+        angle_FT = spectra_FT / spectra_FT.abs().clamp(min=1e-16)
     before_FT = torch.zeros_like(angle_FT)
     for _ in range(rounds):
         agreed_FT = stft(istft((amplitude_FT * angle_FT)[None], samples))[0]
@@ -108,11 +116,18 @@ def levelled(samples: np.ndarray) -> np.ndarray:
     return x_N * (LOUDNESS / max(loud, 1e-5))
 
 
-def trimmed(mel_TM: np.ndarray, below: float, pause: float = 0.0) -> np.ndarray:
-    """The frames from the first voice to the last, see `codec.activity`; silences between longer than `pause` seconds
-    are shortened to it, 0: none is."""
+def spoken(mel_TM: np.ndarray, below: float, pause: float = 0.0) -> np.ndarray:
+    """First and last+1 frame of the stretches that are kept, (K, 2): from the first voice to the last, see
+    `codec.activity`; silences between longer than `pause` seconds are shortened to it, 0: none is."""
     level_T = (10 * np.log10(np.exp(2 * mel_TM.astype(np.float64)).sum(1))).astype(np.float32)
-    return joined(mel_TM, stretches(active(level_T, below, BURST, EDGE), round(pause * RATE / HOP)))
+    return stretches(active(level_T, below, BURST, EDGE), round(pause * RATE / HOP))
+
+
+def whole(x_N: np.ndarray) -> np.ndarray:
+    """A waveform as int16, made softer where it would be clipped."""
+    x_N = np.nan_to_num(x_N)
+    peak = float(np.abs(x_N).max(initial=0.0))
+    return np.rint(np.clip(x_N * min(1.0, 0.98 / max(peak, 1e-9)), -1, 1) * 32767).astype(np.int16)
 
 
 class VoiceCodec:
@@ -159,10 +174,18 @@ class VoiceCodec:
 
     def frames(self, samples: np.ndarray) -> np.ndarray:
         """(N,) int16 at 16 kHz → frames (T, M) float16."""
-        mel_TM = log_mel(levelled(samples), self.mels)
-        if self.trim:
-            mel_TM = trimmed(mel_TM, self.trim, self.pause)
-        return ((mel_TM - self.mean) / self.std).astype(np.float16)
+        return self.both(samples)[0]
+
+    def both(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int16 at 16 kHz → frames (T, M) float16, and the samples that they were made of, of one loudness,
+        ((T − 1) · HOP,) float16: those from the middle of the first frame to that of the last."""
+        wave_N = levelled(samples)
+        mel_TM = log_mel(wave_N, self.mels)
+        spans_K2 = spoken(mel_TM, self.trim, self.pause) if self.trim else np.array([[0, len(mel_TM)]])
+        wave_N = joined(np.pad(wave_N, (0, HOP)), spans_K2 * HOP)
+        mel_TM = joined(mel_TM, spans_K2)
+        wave_N = wave_N[: (len(mel_TM) - 1) * HOP]
+        return ((mel_TM - self.mean) / self.std).astype(np.float16), wave_N.clip(-60, 60).astype(np.float16)
 
     def log_mel(self, frames_TM: np.ndarray) -> np.ndarray:
         """Frames → natural logarithm of amplitudes (T, M) float32."""
@@ -171,10 +194,7 @@ class VoiceCodec:
     def waveform(self, frames_TM: np.ndarray, rounds: int = 60) -> np.ndarray:
         """Frames (T, M) → (N,) int16 at 16 kHz, by Griffin-Lim."""
         frames_TM = frames_TM if len(frames_TM) > 1 else np.repeat(frames_TM, 2, 0)
-        x_N = griffin_lim(amplitudes(torch.from_numpy(self.log_mel(frames_TM))), rounds).numpy()
-        peak = float(np.abs(x_N).max(initial=0.0))
-        x_N = x_N * min(1.0, 0.98 / max(peak, 1e-9))
-        return np.rint(np.clip(np.nan_to_num(x_N), -1, 1) * 32767).astype(np.int16)
+        return whole(griffin_lim(amplitudes(torch.from_numpy(self.log_mel(frames_TM))), rounds).numpy())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``voice.json`` into `folder`."""
@@ -224,4 +244,5 @@ def encoded(samples: np.ndarray, form: Format = "wav", rate: int = RATE) -> byte
         return out.getvalue()
 
 
-__all__ = ["HOP", "KINDS", "Format", "VoiceCodec", "amplitudes", "encoded", "griffin_lim", "istft", "log_mel", "stft"]
+__all__ = ["HOP", "KINDS", "Format", "VoiceCodec", "amplitudes", "encoded", "griffin_lim", "istft", "log_mel",
+           "stft", "whole"]

@@ -81,6 +81,7 @@ class Synthesiser(nn.Module):
         for linear, scale in ((self.mean, 0.1), (self.place, 1.0), (self.frames, 1.0), (self.head, 0.1)):
             nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
+        self.vocoder: nn.Module | None = None
         if self.voice is not None:
             nn.init.normal_(self.voice.weight, std=size**-0.5)
 

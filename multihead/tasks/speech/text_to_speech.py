@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multihead import task as base
-from multihead.codec.audio import RATE
-from multihead.codec.voice import HOP, VoiceCodec, encoded
-from multihead.data.audio import to_uri
+from multihead.codec.audio import RATE, decoded
+from multihead.codec.voice import HOP, VoiceCodec, encoded, griffin_lim, whole
+from multihead.data.audio import from_uri, to_uri
 from multihead.data.rows import TEXT_NAMES, Column, Row
 from multihead.data.store import Store
 from multihead.errors import Problem, UserError, tr
@@ -35,6 +35,7 @@ from multihead.tasks.speech import _spoken as spoken
 from multihead.tasks.speech._alignment import aligned
 from multihead.tasks.speech._reading import Reading, Units
 from multihead.tasks.speech._synthesiser import Said, Synthesiser, whole_frames
+from multihead.tasks.speech._vocoder import Vocoder, segment
 from multihead.tasks.speech.speech_recognition import AUDIO_NAMES, KEPT
 from multihead.transformer.config import TransformerConfig
 
@@ -90,6 +91,16 @@ class TextToSpeech(Task):
         decoder: Literal["flow", "regression"] = "regression"
         """How frames are made. regression: in one go; flow: out of noise, by flow matching.
         如何生成频谱。regression：一步得到；flow：由噪声出发，用流匹配。"""
+        vocoder: Literal["griffin-lim", "neural"] = "griffin-lim"
+        """How frames are made heard. griffin-lim: needs no learning; neural: by a small network that learns beside the
+        rest.
+        如何由频谱得到声音。griffin-lim：无需学习；neural：用一同训练的小网络。"""
+        vocoder_width: int = Field(192, ge=16, le=1024)
+        """Width of that network.
+        该网络的宽度。"""
+        vocoder_rounds: int = Field(0, ge=0, le=60)
+        """Rounds of Griffin-Lim that its phases are made to agree in; 0: none.
+        对其相位再做几轮 Griffin-Lim；0 表示不做。"""
         steps: int = Field(8, ge=1, le=flow.MOST_STEPS)
         """Steps from noise to frames (flow).
         从噪声到频谱的步数（flow）。"""
@@ -152,7 +163,9 @@ class TextToSpeech(Task):
                                "（options.max_characters）"))
         example = {"ids": self.reading.encode(text), "voice": np.array(self._voice(row.get("speaker")), np.int64)}
         if row.get("audio") is not None:
-            example["mel"] = self.codec.encode(row["audio"])
+            example["mel"], wave = self.codec.both(decoded(from_uri(row["audio"]))[0])
+            if self.options.vocoder == "neural":
+                example["wave"] = wave
         return example
 
     def _voice(self, name: Any) -> int:
@@ -214,11 +227,17 @@ class TextToSpeech(Task):
         if config.norm_position != "before":
             raise UserError(tr("text-to-speech has its norms before: model.norm_position: before",
                                "语音合成的归一化在前：model.norm_position: before"))
-        return Synthesiser(config, self.codec.mels, self.reading.vocab_size, len(self.voices), o.text_layers, o.group,
+        made = Synthesiser(config, self.codec.mels, self.reading.vocab_size, len(self.voices), o.text_layers, o.group,
                            o.decoder == "flow")
+        if o.vocoder == "neural":
+            mean, std = torch.from_numpy(self.codec.mean), torch.from_numpy(self.codec.std)
+            made.vocoder = Vocoder(mean, std, o.vocoder_width)
+        return made
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """The noise that a flow starts from, and the time it is looked at."""
+        """The noise that a flow starts from, the time it is looked at, and the place that a vocoder learns from."""
+        if self.options.vocoder == "neural":
+            example = {**example, "place": np.array(rng.random(), np.float32)}
         if self.options.decoder != "flow":
             return example
         noise = rng.standard_normal(example["mel"].shape, dtype=np.float32)
@@ -252,7 +271,11 @@ class TextToSpeech(Task):
         else:
             found_BTM, wanted_BTM = model(mean_BTM, held_BUD, real_BT), data_BTM
         log_BS = durations_BS.clamp(min=1).float().log()
+        more = {}
+        if model.vocoder is not None:
+            more["vocoder"] = model.vocoder.errors(*segment(batch["mel"], batch["wave"], frames_B, batch["place"]))
         return {
+            **more,
             "frames": spoken.mean_where((found_BTM - wanted_BTM).square().mean(2), real_BT),
             "means": spoken.mean_where((mean_BTM - data_BTM).square().mean(2), real_BT),
             "durations": spoken.mean_where((said.log_durations - log_BS).square(), real_BS),
@@ -271,7 +294,7 @@ class TextToSpeech(Task):
             ids = batch["ids"][i, : int(batch["ids_lengths"][i])]
             if wish is not None:
                 frames = self.speak(model, ids, batch["voice"][i : i + 1], **wish)
-                sound = self.codec.waveform(frames)
+                sound = self.sound(model, frames)
                 answers.append({"audio": to_uri(encoded(sound))[0], "seconds": round(len(sound) / RATE, 3),
                                 "seed": wish["seed"]})
             else:
@@ -307,6 +330,18 @@ class TextToSpeech(Task):
             found.append(self._frames(model, said, durations_1S, seed + number, steps))
         return np.concatenate(found)
 
+    @torch.no_grad()
+    def sound(self, model: Any, frames_TM: np.ndarray) -> np.ndarray:
+        """Frames (T, M) → (N,) int16 at 16 kHz."""
+        if model.vocoder is None:
+            return self.codec.waveform(frames_TM)
+        frames_TM = frames_TM if len(frames_TM) > 1 else np.repeat(frames_TM, 2, 0)
+        x_1TM = torch.from_numpy(frames_TM)[None].float().to(next(model.parameters()).device)
+        if not self.options.vocoder_rounds:
+            return whole(model.vocoder(x_1TM)[0].cpu().numpy())
+        spectra_FT = model.vocoder.spectra(x_1TM)[0].cpu()
+        return whole(griffin_lim(spectra_FT.abs(), self.options.vocoder_rounds, spectra_FT=spectra_FT).numpy())
+
     def _frames(self, model: Any, said: Said, durations_1S: Tensor, seed: int, steps: int) -> np.ndarray:
         G = model.group
         most = model.config.max_length * G
@@ -328,7 +363,8 @@ class TextToSpeech(Task):
         row = {**row, "ids_lengths": torch.tensor([ids.shape[1]], device=ids.device),
                "mel_lengths": torch.tensor([mel.shape[1]], device=ids.device),
                "noise": torch.from_numpy(rng.standard_normal(mel.shape, dtype=np.float32)).to(ids.device),
-               "time": torch.tensor([rng.random()], device=ids.device).float()}
+               "time": torch.tensor([rng.random()], device=ids.device).float(),
+               "place": torch.tensor([rng.random()], device=ids.device).float()}
         parts, durations_1S, said = self._errors(model, row)
         timed = whole_frames(said.log_durations[0], 1.0)
         frames = self._frames(model, said, timed[None], self.seed, self.options.steps)
@@ -340,7 +376,7 @@ class TextToSpeech(Task):
                    "duration_error": round(1000 * late, 2),
                    "length_error": round(abs(len(frames) / len(real) - 1), 4)}
         if key <= self._least or self._recogniser():
-            sound = self.codec.waveform(frames)
+            sound = self.sound(model, frames)
             if self._recogniser():
                 answer["heard"] = self._recogniser().text(sound)
             if key <= self._least:
