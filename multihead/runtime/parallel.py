@@ -107,7 +107,7 @@ class Shards(Engine):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         super().__init__(model, ask)
-        self.apart = _tables(model)
+        self.apart = [*_tables(model), *(p for p in model.parameters() if p.dim() == 0)]  # a number has no rows
         for part in (*self.apart, *model.buffers()):
             part.data = part.data.to(device)
         marks = {name: dict(p.__dict__) for name, p in model.named_parameters(remove_duplicate=False)}
