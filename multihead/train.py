@@ -35,7 +35,9 @@ from multihead.recipe import Recipe
 from multihead.run import RunFolder
 from multihead.runtime import device, optim
 from multihead.runtime.crew import Crew, crew
-from multihead.runtime.log import Log, Progress, resume_command
+from multihead.runtime.flops import forward_flops
+from multihead.runtime.log import Log, Progress, read_log, resume_command
+from multihead.runtime.meter import Meter
 from multihead.stepping import Outcome, Stepper, TooMuch
 from multihead.task import Batch, Task
 
@@ -125,6 +127,7 @@ class Trainer:
         self.best: dict[str, Any] = {"value": None, "step": 0, "stale": 0}
         self.done = self.signalled = False
         self.seconds = 0.0
+        self.meter: Meter | None = None
         if progress and self.crew.first:
             self.bar = Progress(self.steps, unit=task.unit)
 
@@ -202,6 +205,7 @@ class Trainer:
         every, save = self._every()
         board = self.folder.file("tensorboard") if self.settings.tensorboard and self.crew.first else None
         place = self.folder.file("log.jsonl") if self.crew.first else os.devnull
+        self.meter = self._meter() if self.steps else None
         with Log(place, self.step, board) as log, self.bar or contextlib.nullcontext():
             try:
                 self._before(log)
@@ -258,8 +262,26 @@ class Trainer:
                 grad_norm=norm,
                 seconds=round(self.seconds, 3),
                 **{f"{self.task.unit}_per_s": rate},
+                **(self.meter.read(rate) if self.meter is not None else {}),
                 **parts,
             )
+
+    def _meter(self) -> Meter | None:
+        """Tells the log what share of this machine's ceiling is reached, and at what energy. A gradient takes as many
+        operations as the forward pass for what is passed back, and again for the weights that train."""
+        counts: list[int] = []
+        try:
+            indices = self.stepper.loader.batch(self.step)
+            batch = self._batch(self.step, indices[: self.stepper.at_once or -(-len(indices) // self.crew.world)], 0)
+            with self.stepper.engine.whole(), device.autocast(self.device, self.precision):
+                flops = forward_flops(lambda: counts.append(int(self.task.loss(self.model, batch).count)))
+        except (RuntimeError, MemoryError):  # of memory, most likely: the step itself knows what to do then
+            return None
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        trained = sum(size for size, live in sizes if live) / max(1, sum(size for size, _ in sizes))
+        entries = read_log(self.folder.file("log.jsonl"))
+        per_unit = flops * (2 + trained) / max(1, counts[0])
+        return Meter(self.device, self.precision, per_unit, entries, self.step, self.crew.world)
 
     def _update(self, step: int) -> Outcome:
         return self.stepper.update(step, self.steps, bool(self.caught))

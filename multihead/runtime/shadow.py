@@ -22,22 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from .flops import flops_of
 
 aten = torch.ops.aten
 LARGE = 1 << 16  # integers of more elements that are made from nothing are noise: their values matter to no shape
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-
-
-def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """Floating-point operations of one call of a torch operator: of its matrix products and convolutions."""
-    packet = func._overloadpacket
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # torch counts its kernels for GPUs alone
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
-    counted = flop_registry.get(packet)
-    return int(counted(*args, **kwargs, out_val=out)) if counted is not None else 0
 
 
 class Watch(TorchDispatchMode):
