@@ -172,7 +172,8 @@ class Stream:
         return np.frombuffer(raw[:whole], "<i2").astype(np.int16)
 
     async def _take(self, samples: np.ndarray) -> None:
-        for first in range(0, len(samples), RATE):  # a second at a time: others are served between
+        for first in range(0, len(samples), RATE):
+            await asyncio.sleep(0)  # others are served between two seconds, though the sender be faster
             for one in self.listener.push(samples[first : first + RATE]):
                 await self._tell(one)
             await self._guess()
