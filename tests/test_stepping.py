@@ -108,10 +108,11 @@ def test_several_processes_take_fewer_rows_at_the_next_start(
 ) -> None:
     short = trainer(recipe_path, tmp_path / "run")
     short_of_memory(short, 6, ERRORS[0])
-    monkeypatch.setattr(short.crew, "world", 2)  # one of two, as far as memory is concerned
-    monkeypatch.setattr("multihead.stepping.shares", lambda *more: shares(more[0]))
-    with pytest.raises(UserError, match=r"out of memory with 8 rows.*the next start takes 4"):
-        short.fit()
+    with monkeypatch.context() as one_of_two:  # as far as memory is concerned
+        one_of_two.setattr(short.crew, "world", 2)
+        one_of_two.setattr("multihead.stepping.shares", lambda *more: shares(more[0]))
+        with pytest.raises(UserError, match=r"out of memory with 8 rows.*the next start takes 4"):
+            short.fit()
     again = Trainer(short.recipe, short.task, short.folder, progress=False)
     told = short_of_memory(again, 6, ERRORS[0])
     again.fit()
