@@ -83,23 +83,45 @@ def zipped(members: dict[str, bytes], pack: int = zipfile.ZIP_DEFLATED) -> bytes
         return file.getvalue()
 
 
-def zip_bomb() -> bytes:
+def zip_bomb(name: str = "a/1.bmp", head: bytes = b"BM") -> bytes:
     """A zip of 1 GB of zeros behind 1 MB."""
     with io.BytesIO() as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/1.bmp", "w",
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w",
                                                                                      force_zip64=True) as member:
-            member.write(b"BM")
+            member.write(head)
             for _ in range(1000):
                 member.write(bytes(1_000_000))
         return file.getvalue()
 
 
-def links() -> bytes:
-    """A tar of symbolic links that are called like pictures."""
+def tar_bomb() -> bytes:
+    """A tar.gz of a clip of 300 MB, zeros but for its beginning."""
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            info = tarfile.TarInfo("a/1.mp4")
+            info.size = 300 << 20
+            archive.addfile(info, io.BytesIO(b"\0\0\0\x18ftypisom".ljust(info.size, b"\0")))
+        return file.getvalue()
+
+
+def holes(size: int = 3 << 30) -> bytes:
+    """A tar of a clip of 3 GB that is written without its holes: in 512 bytes."""
+    info = tarfile.TarInfo("a/1.mp4")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for at, value in ((386, 0), (398, 512), (410, size), (422, 0), (483, size)):
+        head[at : at + 12] = b"%011o\0" % value
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + b"\0\0\0\x18ftypisom".ljust(512, b"\0") + bytes(10240)
+
+
+def links(ending: str = "jpg") -> bytes:
+    """A tar of symbolic links that are called like pictures or clips."""
     with io.BytesIO() as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
             for i, target in enumerate(("/etc/passwd", "../../secret.jpg")):
-                info = tarfile.TarInfo(f"a/{i}.jpg")
+                info = tarfile.TarInfo(f"a/{i}.{ending}")
                 info.type, info.linkname = tarfile.SYMTYPE, target
                 archive.addfile(info)
         return file.getvalue()
@@ -122,6 +144,13 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "climbs-out.zip": lambda: zipped({"a/1.jpg": good_picture(1), "../../b/2.jpg": good_picture(2)}),
     "bomb.zip": zip_bomb,
     "links.tar": links,
+}
+CLIP_ARCHIVES: dict[str, Callable[[], bytes]] = {
+    "climbs-out.zip": lambda: zipped({"a/1.mp4": good_clip(1), "../../b/2.mp4": good_clip(2)}),
+    "bomb.zip": lambda: zip_bomb("a/1.mp4", b"\0\0\0\x18ftypisom"),
+    "bomb.tar.gz": tar_bomb,
+    "holes.tar": holes,
+    "links.tar": lambda: links("mp4"),
 }
 CLIPS: dict[str, Callable[[], bytes]] = {
     "truncated.mp4": lambda: good_clip(0)[:800],
@@ -205,10 +234,11 @@ def inside(folder: Path) -> Iterator[dict[str, Any]]:
             said, more = growth(os.getpid(), lambda kind=kind: told(recipe(kind, folder, f"{kind}/table.csv")))  # type: ignore[misc]
             yield {"file": f"{kind}: {name}", "told": said, "growth": more, "seconds": time.perf_counter() - start}
             (place / name).unlink()
-    for name in ARCHIVES:
-        start = time.perf_counter()
-        said, more = growth(os.getpid(), lambda name=name: told(recipe("image", folder, f"image-{name}")))  # type: ignore[misc]
-        yield {"file": name, "told": said, "growth": more, "seconds": time.perf_counter() - start}
+    for kind, archives in (("image", ARCHIVES), ("video", CLIP_ARCHIVES)):
+        for name in archives:
+            path, start = recipe(kind, folder, f"{kind}-{name}"), time.perf_counter()
+            said, more = growth(os.getpid(), lambda path=path: told(path))  # type: ignore[misc]
+            yield {"file": f"{kind}: {name}", "told": said, "growth": more, "seconds": time.perf_counter() - start}
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -232,7 +262,7 @@ def served(folder: Path) -> Iterator[dict[str, Any]]:
         address = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
         for kind, good in (("image", good_picture(0)), ("video", good_clip(0))):
             assert ask(address, kind, good)[0] == 200
-        for kind, files in (("image", {**PICTURES, **ARCHIVES}), ("video", CLIPS)):
+        for kind, files in (("image", {**PICTURES, **ARCHIVES}), ("video", {**CLIPS, **CLIP_ARCHIVES})):
             for name in files:
                 raw, start = (folder / f"{kind}-{name}").read_bytes(), time.perf_counter()
                 (status, said), more = growth(process.pid, lambda kind=kind, raw=raw: ask(address, kind, raw))  # type: ignore[misc]
@@ -280,7 +310,7 @@ def main() -> int:
     os.environ["MULTIHEAD_LANG"] = "en"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for kind, files in (("image", {**PICTURES, **ARCHIVES}), ("video", CLIPS)):
+        for kind, files in (("image", {**PICTURES, **ARCHIVES}), ("video", {**CLIPS, **CLIP_ARCHIVES})):
             for name, make in files.items():
                 (folder / f"{kind}-{name}").write_bytes(make())
         child = subprocess.run([sys.executable, __file__, "--inside", str(folder)], stdout=subprocess.PIPE, text=True,
