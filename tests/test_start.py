@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from multihead.errors import UserError
 from multihead.generation.seq2seq import EncoderDecoder
 from multihead.run import RunFolder
 from multihead.runtime import checkpoint
-from multihead.train import Trainer, train
+from multihead.train import train
 from multihead.weights import open_origin
+from tests.trainers import fit_until, trainer
 
 GOOD, BAD = "房间干净，服务很好。", "太吵了，早餐也很差。"
 TRAIN = {"steps": 6, "batch_size": 8, "eval_every": 3, "save_every": 2, "log_every": 1, "threads": 1, "lr": 1e-3,
@@ -62,14 +62,6 @@ def faults(path: Path, *overrides: str) -> dict[str, str]:
     with pytest.raises(UserError) as caught:
         load(path, *overrides)
     return {p.where: p.message for p in caught.value.problems}
-
-
-def trainer(path: Path, where: Path, *overrides: str) -> Trainer:
-    recipe = load(path, *overrides)
-    made = prepare.make_task(recipe, path.parent)
-    folder = RunFolder.create(where)
-    prepare.prepare(recipe, made, folder)
-    return Trainer(recipe, made, folder, progress=False)
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
@@ -217,16 +209,7 @@ def test_resumed_is_never_stopped(home: Path, tmp_path: Path, wishes: list[str])
     path = classifier(home)
     train(path, wishes, run=tmp_path / "whole", progress=False)
     cut = trainer(path, tmp_path / "cut", *wishes)
-    step = cut._one
-
-    def one(log: Any) -> None:
-        step(log)
-        if cut.step == 3:
-            cut.caught.append(signal.SIGTERM)
-
-    cut._one = one  # type: ignore[method-assign]
-    with pytest.raises(Exception, match="SIGTERM"):
-        cut.fit()
+    fit_until(cut, 3)
     train(path, wishes, run=tmp_path / "cut", progress=False)
     for name in ("model.safetensors", "checkpoints/step-00000006/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()

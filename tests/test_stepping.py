@@ -12,13 +12,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from multihead import prepare, task
-from multihead import recipe as recipes
 from multihead.data.loader import shares
 from multihead.errors import UserError
-from multihead.run import RunFolder
 from multihead.runtime import checkpoint
 from multihead.train import Trainer
+from tests.trainers import trainer
 
 TEXT = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\nThe quick brown fox jumps over the lazy dog.\n"
 
@@ -35,14 +33,6 @@ def recipe_path(tmp_path: Path) -> Path:
     }
     (tmp_path / "poem.yaml").write_text(yaml.safe_dump(values), "utf-8")
     return tmp_path / "poem.yaml"
-
-
-def trainer(path: Path, where: Path, *overrides: str) -> Trainer:
-    recipe = recipes.load(path, overrides, find=task.find)
-    made = prepare.make_task(recipe, path.parent)
-    folder = RunFolder.create(where)
-    prepare.prepare(recipe, made, folder)
-    return Trainer(recipe, made, folder, progress=False)
 
 
 def short_of_memory(one: Trainer, most: int, error: Exception) -> list[str]:

@@ -17,13 +17,12 @@ import torch
 import yaml
 
 import multihead as mh
-from multihead import build, prepare, task
-from multihead import recipe as recipes
+from multihead import build
 from multihead.errors import UserError
-from multihead.run import RunFolder
 from multihead.runtime import checkpoint
 from multihead.runtime.log import read_log
-from multihead.train import Trainer, train
+from multihead.train import train
+from tests.trainers import fit_until, trainer
 
 TEXT = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\nThe quick brown fox jumps over the lazy dog.\n"
 
@@ -49,14 +48,6 @@ def recipe_path(tmp_path: Path) -> Path:
     }
     (tmp_path / "poem.yaml").write_text(yaml.safe_dump(values), "utf-8")
     return tmp_path / "poem.yaml"
-
-
-def trainer(path: Path, where: Path, *overrides: str) -> Trainer:
-    recipe = recipes.load(path, overrides, find=task.find)
-    made = prepare.make_task(recipe, path.parent)
-    folder = RunFolder.create(where)
-    prepare.prepare(recipe, made, folder)
-    return Trainer(recipe, made, folder, progress=False)
 
 
 def weights(folder: Path, step: int = 12) -> bytes:
@@ -117,16 +108,7 @@ def test_resuming_with_average_and_muon_is_exact(recipe_path: Path, tmp_path: Pa
     wishes = ["train.ema=0.9", "train.optimizer=muon", "model.dropout=0.2"]
     train(recipe_path, wishes, run=tmp_path / "whole", progress=False)
     cut = trainer(recipe_path, tmp_path / "cut", *wishes)
-    step = cut._one
-
-    def one(log: Any) -> None:
-        step(log)
-        if cut.step == 7:
-            cut.caught.append(signal.SIGTERM)
-
-    cut._one = one  # type: ignore[method-assign]
-    with pytest.raises(Exception, match="SIGTERM"):
-        cut.fit()
+    fit_until(cut, 7)
     train(recipe_path, wishes, run=tmp_path / "cut", progress=False)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
