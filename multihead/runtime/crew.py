@@ -26,9 +26,9 @@ import torch
 
 from ..errors import UserError, tr
 
-BEAT, SILENT, GRACE = 5.0, 40.0, 10.0
+BEAT, SILENT, GRACE = 5.0, 30.0, 10.0
 """Seconds between two signs of life; without one after which a process counts as gone; that a process which is told to
-end has for it. Together under a minute."""
+end has for it. With three beats between (heard late, looked for late, told late) under a minute."""
 LONG = timedelta(days=20)
 MEETING = timedelta(minutes=10)
 STUCK = timedelta(minutes=30)  # a collective that waits for a process which lives but does nothing
