@@ -18,10 +18,8 @@ UNREAD = 2  # RoBERTa counts positions from padding_idx + 1
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
 
-def read(given: Given) -> dict[str, Any]:
-    given.only("position_embedding_type", ("absolute",), "absolute")
-    given.only("is_decoder", (False,), False)
-    given.only("add_cross_attention", (False,), False)
+def read_shape(given: Given) -> dict[str, Any]:
+    """The sizes that every encoder of this kind names alike, of texts or of patches."""
     return {
         "d_model": given.number("hidden_size"),
         "num_layers": given.number("num_hidden_layers"),
@@ -29,6 +27,29 @@ def read(given: Given) -> dict[str, Any]:
         "d_ff": given.number("intermediate_size"),
         "activation": given.activation("hidden_act", "gelu"),
         "norm_eps": given.real("layer_norm_eps", 1e-12),
+    }
+
+
+def write_shape(config: TransformerConfig) -> dict[str, Any]:
+    """The other way round."""
+    return {
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ff_size,
+        "hidden_act": ACTIVATIONS[config.activation],
+        "layer_norm_eps": config.norm_eps,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+
+
+def read(given: Given) -> dict[str, Any]:
+    given.only("position_embedding_type", ("absolute",), "absolute")
+    given.only("is_decoder", (False,), False)
+    given.only("add_cross_attention", (False,), False)
+    return {
+        **read_shape(given),
         "max_length": given.number("max_position_embeddings"),
         "segments": given.number("type_vocab_size", 2),
     }
@@ -42,16 +63,9 @@ def read_roberta(given: Given) -> dict[str, Any]:
 
 def write(config: TransformerConfig) -> dict[str, Any]:
     return {
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.ff_size,
-        "hidden_act": ACTIVATIONS[config.activation],
-        "layer_norm_eps": config.norm_eps,
+        **write_shape(config),
         "max_position_embeddings": config.max_length,
         "type_vocab_size": config.segments,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
         "tie_word_embeddings": True,
     }
 

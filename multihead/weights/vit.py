@@ -11,7 +11,7 @@ from typing import Any
 
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.patches import PatchInput
-from multihead.weights.bert import ACTIVATIONS
+from multihead.weights.bert import ACTIVATIONS, read_shape, write_shape
 from multihead.weights.names import Family, Given, Piece, linear
 
 LAYOUT = {
@@ -23,28 +23,11 @@ MOST_PATCH, MOST_SIZE = 64, 1024
 
 def read(given: Given) -> dict[str, Any]:
     given.only("qkv_bias", (True,), True)
-    return {
-        "d_model": given.number("hidden_size"),
-        "num_layers": given.number("num_hidden_layers"),
-        "num_heads": given.number("num_attention_heads"),
-        "d_ff": given.number("intermediate_size"),
-        "activation": given.activation("hidden_act", "gelu"),
-        "norm_eps": given.real("layer_norm_eps", 1e-12),
-    }
+    return read_shape(given)
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.ff_size,
-        "hidden_act": ACTIVATIONS[config.activation],
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "qkv_bias": True,
-    }
+    return {**write_shape(config), "qkv_bias": True}
 
 
 def read_options(given: Given) -> dict[str, Any]:
