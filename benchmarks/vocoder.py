@@ -106,7 +106,7 @@ def main() -> int:
         gap = np.array(row["mcd"]) - base
         low, high = np.quantile(gap[rng.integers(len(gap), size=(2000, len(gap)))].mean(1), (0.025, 0.975))
         shown = f"{np.mean(row['mcd']):.2f} dB ({low:+.2f} to {high:+.2f}), {row['factor']:.3f} of real time"
-        aims.append(Aim(name, None, shown, "", "nearer than griffin-lim", name == "griffin-lim" or high < 0))
+        aims.append(Aim(name, None, shown, "", "nearer than griffin-lim", name == "griffin-lim" or bool(high < 0)))
     print(f"{steps} steps")
     return finish(args, aims, {"steps": steps, "found": found})
 
