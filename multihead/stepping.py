@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     loss: float
     norm: float
     """Of the whole gradient, before it was clipped."""
-    count: int
+    counted: int
     parts: dict[str, float]
     lr: float
     signalled: bool
@@ -90,9 +90,9 @@ class Stepper:
         """Step number `step` (from 0) of `steps`."""
         while (summed := self._gradients(step)) is None:
             self._halve()
-        total, count, parts = summed
+        own, parts = summed[:2], summed[2]
         names = sorted(parts)
-        total, count, waved, *more = self.crew.sums([total, count, signalled, *(parts[name] for name in names)])
+        total, count, waved, *more = self.crew.sums([*own, signalled, *(parts[name] for name in names)])
         parts |= dict(zip(names, more, strict=True))
         s, many = self.settings, max(1, int(count))
         norm = float(optim.clip(self.model.parameters(), s.clip, self.engine.scale / many))

@@ -202,10 +202,15 @@ class Watch(threading.Thread):
         own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         cause = None
         with contextlib.suppress(Exception):
-            if _broken_talk(error):
-                time.sleep(3.0)  # whoever failed first may still be about to say why
+            # Whoever failed first may still be about to say why; and torchrun soon ends those who only look on.
+            for wait in (0.1,) * 30 if _broken_talk(error) else ():
+                with self._lock:
+                    cause = self._cause()
+                if cause is not None:
+                    break
+                time.sleep(wait)
             with self._lock:
-                cause = self._cause()
+                cause = cause or self._cause()
                 if cause is None:
                     self.store.set("failure", json.dumps([self.rank, own]))
         _record(error if cause is None else Lost(cause))

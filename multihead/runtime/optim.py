@@ -90,11 +90,11 @@ class MuonAdamW(torch.optim.Optimizer):
         averages = locals_of(self.state[parameter]["momentum"] for parameter in live)
         gradients = locals_of(parameter.grad for parameter in live if parameter.grad is not None)
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, averages, momentum)
+        ahead = torch._foreach_lerp(gradients, averages, momentum)
         if group["weight_decay"]:
             torch._foreach_mul_(locals_of(live), 1 - lr * group["weight_decay"])
         # A matrix of which each process holds some rows moves as a whole: all work out the same step.
-        updates = [whole(like(update, parameter)) for update, parameter in zip(updates, live, strict=True)]
+        updates = [whole(like(update, parameter)) for update, parameter in zip(ahead, live, strict=True)]
         moved = [torch.zeros_like(u) if is_sharded(p) else p for u, p in zip(updates, live, strict=True)]
         alike: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter, into, update in zip(live, moved, updates, strict=True):
