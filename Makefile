@@ -3,6 +3,7 @@
 #   make demo                      train on Chinese reviews that arrive with a package, compare, report, serve
 #   make demo ARGS="--minutes 1 --no-serve"
 #   make test                      lint, types, every test
+#   make bench-smoke               a few benchmarks in their shortest form: that they run, not how fast
 #   TORCH=...                      another torch build, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-smoke clean
 
 demo: $(VENV)/.with-demo
 	$(BIN)/multihead demo $(ARGS)
@@ -22,6 +23,9 @@ test: $(VENV)/.with-dev lint
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy multihead
+
+bench-smoke: $(VENV)/.with-dev
+	$(BIN)/python benchmarks/run.py --smoke
 
 $(VENV)/.with-torch:
 	$(PYTHON) -m venv $(VENV)
