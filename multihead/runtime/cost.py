@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class _Step:
 
 
 @contextlib.contextmanager
-def _saved(own: set[int]) -> Iterable[dict[int, int]]:  # type: ignore[misc]
+def _saved(own: set[int]) -> Iterator[dict[int, int]]:
     """Bytes of each storage that autograd keeps inside the block, but for those in `own`: address → bytes."""
     found: dict[int, int] = {}
 

@@ -113,7 +113,8 @@ class Energy:
     def joules(self) -> float:
         """RAPL counts the whole package, so do others' processes; the estimate counts this process's own time."""
         now = self._read()
-        for (_, most), before, after in zip(self._counters or [(None, 0.0)], self._last, now, strict=True):
+        ranges = [most for _, most in self._counters] or [0.0]
+        for most, before, after in zip(ranges, self._last, now, strict=True):
             self._spent += after - before if after >= before else after - before + most  # the counter began anew
         self._last = now
         return self._spent
