@@ -7,7 +7,6 @@ pictures' own values, or for larger ones on the latents of an autoencoder (Romba
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from multihead.metrics import text as metrics
 from multihead.metrics.frechet import frechet
 from multihead.run import write_json
 from multihead.task import Answer, Batch, Example, Loss, Task
+from multihead.tasks.vision import _captions as captions
 from multihead.tasks.vision import _drawn as drawn
 from multihead.tasks.vision import _latents as latents
 from multihead.tasks.vision._diffusion import DrawingOptions, PictureFlow, Told, Wish, check_side, check_trunk
@@ -40,7 +40,6 @@ TIMES = 4
 """At so many times is each held-out picture's loss measured, one in each quarter."""
 AT_ONCE = 64
 """Pictures drawn side by side."""
-_PIECES = re.compile(r"[,，、;；|\n]+")
 
 
 class ImageGeneration(Task):
@@ -93,14 +92,14 @@ class ImageGeneration(Task):
 
     def fit(self, rows: Iterable[dict[str, Any]]) -> None:
         counts: Counter[str] = Counter()
-        total = captions = 0
+        total = described = 0
         for row in rows:
-            total, captions = total + 1, captions + any(row.get(name) for name in self._captions())
+            total, described = total + 1, described + any(row.get(name) for name in self._captions())
             if row.get("label") is not None:
                 counts[self._name(row["label"])] += 1
-        found: Told = "text" if captions else "label" if len(counts) > 1 else "none"
+        found: Told = "text" if described else "label" if len(counts) > 1 else "none"
         self.told = found if self.options.condition == "auto" else self.options.condition
-        if (self.told == "text" and not captions) or (self.told == "label" and not counts):
+        if (self.told == "text" and not described) or (self.told == "label" and not counts):
             missing = "caption" if self.told == "text" else "label"
             raise UserError(tr(f"options.condition is {self.told}, but the data has no column '{missing}'; name it: "
                                f"data.columns.{missing}",
@@ -136,25 +135,14 @@ class ImageGeneration(Task):
                 example |= dict(zip(("latent", "mirrored"), self.latents.encode(both), strict=False))
         if self.told == "text":
             texts = [text for name in self._captions() if (text := row.get(name))]
-            example["ids"] = np.concatenate([self._read(text) for text in texts or [""]]).astype(np.int32)
+            o = self.options
+            example["ids"] = captions.read(texts or [""], self.words, o.caption_length, o.keywords)
         else:
             label, known = row.get("label"), self.told == "label"
             none = len(self.labels) if known else 0
             number = self.labels.encode(self._name(label)) if known and label is not None else none
             example["label"] = np.array(number, dtype=np.int64)
         return example
-
-    def _read(self, caption: str) -> np.ndarray:
-        """A caption's ids: <bos>, then each of its pieces with <eos> behind it."""
-        pieces = [caption] if not self.options.keywords else _PIECES.split(caption)
-        parts = [[*self.words.encode(piece.strip()), self.words.eos] for piece in pieces if piece.strip()]
-        ids = np.array([self.words.bos, *(id for part in parts for id in part)], dtype=np.int32)
-        if len(ids) > self.options.caption_length:
-            raise UserError(tr(f"the caption has {len(ids)} pieces; at most {self.options.caption_length} are read "
-                               "(options.caption_length)",
-                               f"描述有 {len(ids)} 个片段；至多读 {self.options.caption_length} 个"
-                               "（options.caption_length）"))
-        return ids
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
         if len(row["image"]) <= KEPT:
@@ -227,29 +215,18 @@ class ImageGeneration(Task):
         elif mirrored:
             found["image"] = np.ascontiguousarray(example["image"][:, :, ::-1])
         if self.told == "text":
-            found["ids"] = example["ids"][:1] if dropped else self._caption(example["ids"], rng)
+            ids = example["ids"]
+            found["ids"] = ids[:1] if dropped else captions.drawn(ids, self.words, o.keywords, rng)
         elif self.told == "label" and dropped:
             found["label"] = np.array(len(self.labels), dtype=np.int64)
         return found
-
-    def _caption(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One of a picture's captions; of keywords, some of them in any order."""
-        starts = np.flatnonzero(ids == self.words.bos)
-        chosen = np.split(ids, starts[1:])[int(rng.integers(len(starts)))]
-        if not self.options.keywords:
-            return chosen
-        pieces = np.split(chosen[1:], np.flatnonzero(chosen[1:] == self.words.eos)[:-1] + 1)
-        order = rng.permutation(len(pieces))[: int(rng.integers(len(pieces))) + 1]
-        return np.concatenate([chosen[:1], *(pieces[i] for i in order)])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """As `pad`, but of several captions the first alone, and the rest simply stacked."""
         batch: Batch = {}
         for key in examples[0]:
             if key == "ids":
-                first = [e["ids"][: np.flatnonzero(np.append(e["ids"][1:], self.words.bos) == self.words.bos)[0] + 1]
-                         for e in examples]
-                batch |= base.pad([{"ids": ids} for ids in first])
+                batch |= base.pad([{"ids": captions.first(example["ids"], self.words)} for example in examples])
             else:
                 batch[key] = torch.from_numpy(np.stack([example[key] for example in examples]))
         return batch
