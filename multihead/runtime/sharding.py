@@ -10,11 +10,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "device_mesh")  # asked so, a run on one process never imports torch.distributed.tensor
+    # Asked so, a run on one process never imports torch.distributed.tensor, and hardly notices the question.
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
