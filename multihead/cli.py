@@ -108,7 +108,7 @@ def prepare(recipe: RecipePath, overrides: Overrides = None, run: RunOption = No
     console.print(tr(f"prepared {folder.path}", f"已准备好 {folder.path}"), markup=False)
 
 
-@app.command(help=tr("step 2: the model's parts, what training it costs, and a batch that proves it",
+@app.command(help=tr("step 2: the model's parts and its cost, proved by one batch",
                      "第 2 步：模型的组成、训练的开销，并用一个批次验证能训练"))
 def build(recipe: RecipePath, overrides: Overrides = None, run: RunOption = None, restart: Restart = False) -> None:
     from multihead.costing import show
