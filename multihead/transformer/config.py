@@ -55,7 +55,7 @@ class TransformerConfig:
     (stochastic depth, Huang et al. 2016, section 3, by example)."""
     conv_kernel: int = 0
     """Positions that the convolution module of each block spans (Conformer, Gulati et al. 2020), in trunks that look
-    both ways; an odd number, 0 for none."""
+    both ways; of patches, so many along either side; an odd number, 0 for none."""
     ngrams: tuple[int, ...] = ()
     """Orders n whose hashed n-gram embeddings are added to the token embedding (Pagnoni et al. 2024, section 3.2.1)."""
     ngram_buckets: int = 16384

@@ -124,8 +124,9 @@ def rotary_grid(head_size: int, grid: int, extra: int, theta: float) -> Tensor:
 
 
 def patch_trunk(config: TransformerConfig, grid: int, extra: int, **kinds: bool) -> Trunk:
-    """A trunk whose rotary positions, where it has them, are those of a square of patches. `kinds`: as `Trunk`."""
-    trunk = Trunk(config, **kinds)
+    """A trunk over a square of patches behind `extra` vectors: its rotary positions and its convolutions, where it has
+    them, go both ways. `kinds`: as `Trunk`."""
+    trunk = Trunk(config, square=(grid, extra), **kinds)
     if trunk.angles_T2E is not None:
         trunk.angles_T2E = rotary_grid(config.head_size, grid, extra, config.rope_theta)
     return trunk

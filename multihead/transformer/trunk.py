@@ -10,18 +10,17 @@ E head width, F feed-forward width, X several of these laid end to end.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from multihead.transformer.cache import Cache, Step
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.convolution import Convolution
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.dropout import dropout as random_zeros
+from multihead.transformer.feed_forward import FeedForward, mark_split
 
 
 def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
@@ -191,50 +190,6 @@ def plain_attention(
     return torch.bmm(weights_XTS, v_XSE).view(B, H, T, E)
 
 
-class ReluSquared(torch.autograd.Function):
-    """max(x, 0)² of any shape (So et al. 2021, "Primer", section 4). By itself `square` would be computed in float32
-    under autocast and its gradient in five passes over the widest tensor of a layer; here it is two."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.clamp_min(0)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (gradient * positive).mul_(2)
-
-
-class FeedForward(nn.Module):
-    """Two linear maps with GELU, ReLU or ReLU² between them, or SwiGLU (Shazeer 2020): (…, D) → (…, D)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.activation = config.activation
-        gated = config.activation == "swiglu"
-        self.up = nn.Linear(config.d_model, config.ff_size * (2 if gated else 1), bias=config.bias)
-        if gated:
-            mark_split(self.up, 2)
-        self.down = nn.Linear(config.ff_size, config.d_model, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.up(x_BTD)
-        if self.activation == "swiglu":
-            gate_BTF, value_BTF = h_BTF.chunk(2, dim=-1)
-            h_BTF = F.silu(gate_BTF) * value_BTF
-        elif self.activation in ("gelu", "gelu_tanh"):
-            h_BTF = F.gelu(h_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        elif self.activation == "relu2":
-            h_BTF = ReluSquared.apply(h_BTF)
-        else:
-            h_BTF = F.relu(h_BTF)
-        return self.down(self.dropout(h_BTF))
-
-
 class Modulation(nn.Module):
     """From a condition (B, D) to `parts` vectors for each example, (B, parts, D): adaptive layer norm (Peebles & Xie
     2023, "Scalable Diffusion Models with Transformers", section 3.2, adaLN-Zero).
@@ -272,7 +227,7 @@ class Block(nn.Module):
 
     def __init__(
         self, config: TransformerConfig, cross_attention: bool, drop_path: float = 0.0, conditioned: bool = False,
-        convolved: bool = False,
+        convolved: bool = False, square: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.before = config.norm_position == "before"
@@ -280,7 +235,7 @@ class Block(nn.Module):
         self.cross_norm = make_norm(config) if cross_attention else None
         self.cross = Attention(config, cross=True) if cross_attention else None
         self.convolution_norm = make_norm(config) if convolved else None
-        self.convolution = Convolution(config) if convolved else None
+        self.convolution = Convolution(config, square) if convolved else None
         self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
         self.dropout = Dropout(config.dropout, drop_path)
         self.modulation = Modulation(config.d_model, 6) if conditioned else None
@@ -330,12 +285,14 @@ class Trunk(nn.Module):
         causal: position t looks at positions ≤ t only (decoders).
         cross_attention: every block also looks at a `memory` (decoders of encoder–decoder models).
         conditioned: a `condition` bends the norms and gates of every block (diffusion models); norms stand before.
+        square: positions lie on a square of so many a side, behind so many others: convolutions then span both ways.
     """
 
     angles_T2E: Tensor | None
 
     def __init__(
-        self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False, conditioned: bool = False
+        self, config: TransformerConfig, causal: bool = False, cross_attention: bool = False, conditioned: bool = False,
+        square: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if conditioned and config.norm_position != "before":
@@ -343,7 +300,8 @@ class Trunk(nn.Module):
         self.config, self.causal = config, causal
         paths = (config.drop_path * layer / config.num_layers for layer in range(1, config.num_layers + 1))
         convolved = config.conv_kernel > 0 and not causal
-        self.blocks = nn.ModuleList(Block(config, cross_attention, path, conditioned, convolved) for path in paths)
+        kinds = (conditioned, convolved, square)
+        self.blocks = nn.ModuleList(Block(config, cross_attention, path, *kinds) for path in paths)
         self.norm = make_norm(config) if config.norm_position == "before" else None
         self.modulation = Modulation(config.d_model, 2) if conditioned else None
         table = None
@@ -437,8 +395,3 @@ def attention_mask(mask: Tensor | None, T: int, causal: bool, device: torch.devi
         # A padded row in front would have nothing to look at, and a softmax over nothing is NaN: let each see itself.
         full = full | torch.eye(T, dtype=torch.bool, device=device)
     return full, False
-
-
-def mark_split(linear: nn.Linear, parts: int) -> None:
-    """Tell the optimizer that this weight is `parts` matrices stacked by rows (Muon orthogonalises each alone)."""
-    linear.weight.muon_split = parts  # type: ignore[attr-defined]

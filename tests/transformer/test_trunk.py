@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.dropout import drop_path
+from multihead.transformer.feed_forward import ReluSquared
 from multihead.transformer.inputs import sinusoids
-from multihead.transformer.trunk import Attention, ReluSquared, Trunk, make_norm, plain_attention, rotary_table, rotate
+from multihead.transformer.trunk import Attention, Trunk, make_norm, plain_attention, rotary_table, rotate
 
 D, HEADS, FF = 32, 4, 48
 
