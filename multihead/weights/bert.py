@@ -12,7 +12,7 @@ from multihead.weights.names import Family, Given, Options, Piece, Tensors, line
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "after", "positions": "learned", "bias": True, "embedding_norm": True,
-    "qk_norm": False, "ngrams": (),
+    "qk_norm": False, "ngrams": (), "conv_kernel": 0,
 }
 UNREAD = 2  # RoBERTa counts positions from padding_idx + 1
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}

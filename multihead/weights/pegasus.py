@@ -14,7 +14,7 @@ from multihead.weights.names import Family, Options, Piece, Tensors, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "before", "positions": "sinusoidal", "bias": True, "norm_eps": 1e-5,
-    "embedding_norm": False, "segments": 0, "qk_norm": False, "ngrams": (),
+    "embedding_norm": False, "segments": 0, "qk_norm": False, "ngrams": (), "conv_kernel": 0,
 }
 
 

@@ -16,7 +16,7 @@ from multihead.weights.names import Family, Given, Piece, linear
 
 LAYOUT = {
     "norm": "layernorm", "norm_position": "before", "positions": "learned", "bias": True, "embedding_norm": False,
-    "segments": 0, "qk_norm": False, "ngrams": (),
+    "segments": 0, "qk_norm": False, "ngrams": (), "conv_kernel": 0,
 }
 MOST_PATCH, MOST_SIZE = 64, 1024
 
