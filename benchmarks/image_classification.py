@@ -9,8 +9,8 @@ same pictures, normalized alike, mirrored and shifted as ours are and without fu
 
 throughput: training steps of both in turn, the peer in a process of its own; what counts is the median of pictures a
 second, at the number of threads that is faster for each. First as each comes (ours in bfloat16 where the processor has
-instructions for it, with its convolutions, its noise and Muon), then at one precision: ours with a linear patch
-embedding and AdamW, as the peer has.
+instructions for it, with the convolutions in front, its noise and Muon), then at one precision: ours with a linear
+patch embedding and AdamW, as the peer has. Blocks are of one shape: those of the recipe without their convolutions.
 
 fashion-mnist, cifar10: both train by turns of a minute, each for the same time on the clock (`--minutes`, by default
 40 and 60 minutes each, so that a run takes twice that), then answer the test part once. Validation is printed on the
@@ -198,8 +198,8 @@ def throughput(args: Any) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "run")
         prepare.run_step(RECIPES / "fashion-mnist.yaml", ["train.minutes=null"], folder)
-        ours = {"ours": trainer("fashion-mnist", folder, []),
-                **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *PLAIN])
+        ours = {"ours": trainer("fashion-mnist", folder, SHAPE),
+                **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *SHAPE, *PLAIN])
                    for kind in ("float32", "bf16")}}  # fmt: skip
         first = ours["ours"]
         plan = Plan.of(first)
@@ -215,6 +215,7 @@ def throughput(args: Any) -> int:
     return finish(args, aims, {"pictures_per_s": found, "recipe": first.recipe.plain(), "peer_settings": PEER})
 
 
+SHAPE = ["model.conv_kernel=0", "train.batch_size=128"]
 PLAIN = ["options.stem=linear", "train.optimizer=adamw"]
 
 
