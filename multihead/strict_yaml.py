@@ -74,10 +74,20 @@ class _Inline(_Dumper):
     """Writes text that holds line breaks in double quotes, where they are escaped."""
 
 
+_BREAKS = re.compile("[\\x85\\u2028\\u2029]")
+"""What YAML takes for breaks of a line beside "\\n": unless quoted and escaped they come back as spaces."""
+
+
+def _escaped(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _BREAKS.search(text) else None)
+
+
 def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+    style = '"' if "\n" in text or _BREAKS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
+_Dumper.add_representer(str, _escaped)
 _Inline.add_representer(str, _one_line)
 
 

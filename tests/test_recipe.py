@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from multihead import recipe, strict_yaml
@@ -65,6 +65,7 @@ plain = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dic
 
 
 @settings(max_examples=150, deadline=None)
+@example({"a": "\x85", "b": ["x\u2028y"]})
 @given(st.dictionaries(keys, plain, min_size=1))
 def test_what_is_dumped_is_read_back_the_same(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     path = written(tmp_path_factory.getbasetemp() / "dumped.yaml", strict_yaml.dump(values))
