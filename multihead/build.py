@@ -59,6 +59,13 @@ def training_model(task: Task, recipe: Recipe, fresh: bool = True) -> tuple[nn.M
     return model, taken
 
 
+def training_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the recipe's ``train`` asks for, over the parameters of `model` that train."""
+    s = recipe.train
+    return optim.build(model, optimizer=s.optimizer, lr=s.lr, muon_lr=s.muon_lr, weight_decay=s.weight_decay,
+                       betas=s.betas, batch_size=s.batch_size)  # fmt: skip
+
+
 # -- weights to start from ---------------------------------------------------------------------------------------------
 
 

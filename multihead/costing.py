@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from multihead import build
@@ -17,8 +16,8 @@ from multihead.errors import tr
 from multihead.prepare import give_origin, make_task
 from multihead.recipe import Recipe
 from multihead.run import RunFolder, size_text
-from multihead.runtime import device, optim
-from multihead.runtime.cost import Cost, cost, memory
+from multihead.runtime import device, machine
+from multihead.runtime.cost import Cost, cost
 from multihead.runtime.shadow import Shadow, Watch
 from multihead.task import Task
 
@@ -42,7 +41,7 @@ def step_cost(task: Task, recipe: Recipe, store: Store, watch: Watch | None = No
     counted = functools.partial(
         cost,
         functools.partial(_model, task, recipe),
-        functools.partial(_optimizer, recipe),
+        functools.partial(build.training_optimizer, recipe),
         task.loss,
         batches,
         precision=device.choose_precision(settings.precision, where),
@@ -72,20 +71,18 @@ def _model(task: Task, recipe: Recipe) -> nn.Module:
     return build.training_model(task, recipe, fresh=False)[0]
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    s = recipe.train
-    return optim.build(model, optimizer=s.optimizer, lr=s.lr, muon_lr=s.muon_lr, weight_decay=s.weight_decay,
-                       betas=s.betas, batch_size=s.batch_size)  # fmt: skip
-
-
-def fits(found: Cost, where: torch.device) -> bool | None:
-    """Whether there is memory for it; None where nobody can say."""
-    free = memory(where)
+def fits(found: Cost, free: int | None) -> bool | None:
+    """Whether there is memory for it where `free` bytes are left; None where nobody can say."""
     return None if free is None else found.needed <= free
 
 
-def words(found: Cost, unit: str, where: torch.device) -> list[str]:
-    """The cost as lines for a person; `unit`: what the loss counts, as `Task.unit`."""
+def words(found: Cost, unit: str, free: int | None) -> list[str]:
+    """The cost as lines for a person.
+
+    Args:
+        unit: what the loss counts, as `Task.unit`.
+        free: bytes that are left for it; None: unknown.
+    """
     one = unit[:-1] if unit.endswith("s") else unit
     each = (tr("weights", "权重"), found.weights), (tr("gradients", "梯度"), found.gradients), (
         tr("optimizer", "优化器"), found.optimizer), (tr("moving average", "滑动平均"), found.average), (
@@ -101,11 +98,11 @@ def words(found: Cost, unit: str, where: torch.device) -> list[str]:
         tr(f"memory of that step: {', '.join(said)}; at most {size_text(found.peak)} of tensors at once",
            f"这一步的内存：{'，'.join(said)}；张量同时最多占 {size_text(found.peak)}"),
     ]  # fmt: skip
-    needed, free = size_text(found.needed), memory(where)
+    needed = size_text(found.needed)
     if free is None:
         return [*lines, tr(f"training takes about {needed}", f"训练约需 {needed}")]
     left = size_text(free)
-    if found.needed <= free:
+    if fits(found, free):
         return [*lines, tr(f"training takes about {needed}; {left} are free here: it fits",
                            f"训练约需 {needed}；本机可用 {left}：放得下")]
     return [*lines, tr(
@@ -135,17 +132,17 @@ def show(folder: RunFolder, console: Any) -> None:
     task = make_task(recipe, folder.path)
     task.load(folder.file("codec"))
     give_origin(recipe, task, folder)
-    where, store = device.choose_device(recipe.train.device), Store(folder.file("data/train"))
-    found = step_cost(task, recipe, store)
+    store = Store(folder.file("data/train"))
+    found, free = step_cost(task, recipe, store), machine.free(device.choose_device(recipe.train.device))
     table = Table(title=tr("Model", "模型"))
     for head in (tr("part", "部分"), tr("parameters", "参数"), tr("memory", "内存")):
         table.add_column(head, justify="left" if not table.columns else "right")
     for name, count, size in [*found.parts, (tr("total", "合计"), found.parameters, sum(p[2] for p in found.parts))]:
         table.add_row(name, f"{count:,}", size_text(size))
     console.print(table)
-    for line in words(found, task.unit, where):
+    for line in words(found, task.unit, free):
         console.print(line, markup=False)
-    if fits(found, where) is False:
+    if fits(found, free) is False:
         return
     model, taken = build.training_model(task, recipe)
     proof = build.prove(task, model, recipe, store)

@@ -10,7 +10,6 @@ import base64
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import time
@@ -30,6 +29,7 @@ from multihead.data.store import Store
 from multihead.errors import UserError, nearest, tr
 from multihead.run import WEIGHTS, file_hash, replacing, size_text
 from multihead.runtime import device as devices
+from multihead.runtime import machine
 from multihead.task import Answer, Example, Task
 
 EVALUATE: dict[str, Any] = {"evaluate": True}
@@ -65,7 +65,7 @@ def answers(
         # Not inference_mode: training goes on with this module, and a table it builds now must stay usable there.
         with torch.no_grad(), _autocast(device, precision):
             for index in sequential(
-                len(examples), batch_size, _lengths(task, examples) if lengths is None else lengths
+                len(examples), batch_size, lengths_of(task, examples) if lengths is None else lengths
             ):
                 batch = to_device(task.collate([examples[int(i)] for i in index]), device)
                 replies = task.predict(model, batch, dict(ask))
@@ -156,7 +156,8 @@ def _autocast(device: torch.device | str, precision: str | torch.dtype) -> Any:
     )
 
 
-def _lengths(task: Task, examples: Sequence[Example]) -> np.ndarray | None:
+def lengths_of(task: Task, examples: Sequence[Example]) -> np.ndarray | None:
+    """What the task says of the examples' lengths, where it can say it of these; else None."""
     lengths = task.length(examples) if isinstance(examples, Store) or hasattr(examples, "lengths") else None
     return lengths if lengths is not None and len(lengths) == len(examples) else None
 
@@ -213,7 +214,7 @@ def evaluate(
             "model": file_hash(run.folder.file(WEIGHTS)),
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "when": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "machine": machine(run.device, precision),
+            "machine": measured_on(run.device, precision),
             "command": _command(run, data, part),
             "seconds": round(time.perf_counter() - began, 2),
         }
@@ -318,26 +319,16 @@ def _row(store: Store, i: int) -> dict[str, Any]:
     return store.row(i) if _keeps_rows(store) else {}
 
 
-def machine(device: torch.device, precision: str) -> dict[str, Any]:
+def measured_on(device: torch.device, precision: str) -> dict[str, Any]:
     """What the figures were measured on."""
     facts: dict[str, Any] = dict(devices.versions())
-    facts["cpu"] = _processor()
+    facts["cpu"] = machine.processor()
     facts["cores"], facts["threads"] = devices.cores(), torch.get_num_threads()
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        facts["memory"] = size_text(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if memory := machine.memory(torch.device("cpu")):
+        facts["memory"] = size_text(memory)
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["precision"] = str(devices.choose_precision(precision, device)).removeprefix("torch.")
     return facts
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-        )
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _command(run: Any, data: Any, part: str | None) -> str:

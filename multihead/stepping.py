@@ -75,15 +75,7 @@ class Stepper:
             model.train(), self.task.loss, self.crew, self.device, self.precision, s.parallel, fixed=lora
         )
         self.model: nn.Module = model
-        self.optimizer = optim.build(
-            model,
-            optimizer=s.optimizer,
-            lr=s.lr,
-            muon_lr=s.muon_lr,
-            weight_decay=s.weight_decay,
-            betas=s.betas,
-            batch_size=s.batch_size,
-        )
+        self.optimizer = build.training_optimizer(self.recipe, model)
         return taken
 
     def update(self, step: int, steps: int, signalled: bool = False) -> Outcome:

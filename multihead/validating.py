@@ -30,7 +30,7 @@ def scores(
         tick: called after each batch.
         more: `evaluate.answers`' device and precision.
     """
-    lengths = evaluate._lengths(task, examples)
+    lengths = evaluate.lengths_of(task, examples)
     batches = list(sequential(len(examples), batch_size, lengths))
 
     def answered(chosen: Sequence[np.ndarray]) -> list[Answer]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,21 +179,3 @@ def size_of(tensors: Iterable[Any]) -> int:
              for part in ((t._indices(), t._values()) if t.is_sparse else (t,))]  # fmt: skip
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in dense}.values())
 
-
-# -- this machine ------------------------------------------------------------------------------------------------------
-
-
-def memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken there, of a GPU, of the machine or of its control group; None: unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    for most, used in (("memory.max", "memory.current"), old):
-        with contextlib.suppress(OSError, ValueError):
-            limit, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (most, used))
-            found.append(max(0, limit - now))
-    return min(found, default=None)

@@ -23,6 +23,7 @@ import torch
 
 from ..errors import UserError, tr
 from ..run import free_space, size_text
+from . import machine
 
 # oneDNN keeps the code of its last 1,024 products, and batches of texts hardly ever have the same lengths twice:
 # hundreds of megabytes that nobody asks for again. A step makes some 25 kinds. Read at the first product.
@@ -268,12 +269,11 @@ def _device_text(device: torch.device) -> str:
 
 
 def _memory_text() -> str:
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free, whole = (size_text(1024 * int(lines[name].split()[0])) for name in ("MemAvailable", "MemTotal"))
-    except (OSError, KeyError, ValueError):
+    cpu = torch.device("cpu")
+    free, whole = machine.free(cpu), machine.memory(cpu)
+    if free is None or whole is None:
         return tr("unknown", "未知")
-    return tr(f"{free} free of {whole}", f"{whole}，可用 {free}")
+    return tr(f"{size_text(free)} free of {size_text(whole)}", f"{size_text(whole)}，可用 {size_text(free)}")
 
 
 def versions() -> dict[str, str]:

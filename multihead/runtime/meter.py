@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..run import replacing
+from . import machine
 from .device import cores
 
 BUDGET = 0.3  # seconds for a ceiling that is not known yet
@@ -39,7 +39,7 @@ def ceiling(device: torch.device, precision: torch.dtype, store: Path | None = N
         store: the file in which what was measured is kept; default: ``multihead/ceiling.json`` in the user's cache.
     """
     store = _cache() / "ceiling.json" if store is None else store
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {cores()} cores"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{machine.processor()}, {cores()} cores"
     key = f"{where}, {torch.get_num_threads()} threads, {precision}, torch {torch.__version__}"
     known = _known(store)
     if key in known:
@@ -84,13 +84,6 @@ def measure(device: torch.device, precision: torch.dtype, budget: float = BUDGET
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multihead"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 # -- energy ------------------------------------------------------------------------------------------------------------

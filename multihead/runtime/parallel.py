@@ -10,7 +10,6 @@ Memory Cost" (recompute).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError, tr
 from ..transformer.trunk import Block, Trunk
+from . import machine
 from .crew import Crew
 
 LARGE = 0.4
@@ -133,7 +133,7 @@ class Shards(Engine):
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
         self.root._get_fsdp_state()._lazy_init()  # else whichever part is called first takes itself for the root
         count = sum(p.numel() for p in model.parameters())
-        self.hold = 4 * count <= HELD * memory(device, crew.local_world)
+        self.hold = 4 * count <= HELD * _share(device, crew)
 
     @contextlib.contextmanager
     def talking(self, last: bool) -> Iterator[None]:
@@ -181,19 +181,16 @@ def engine(
             "train.parallel=fsdp shares out weights that train, and with model.lora nearly none do; write ddp",
             "train.parallel=fsdp 用于分摊需训练的权重，而使用 model.lora 时几乎没有；请写 ddp"))
     count = sum(p.numel() for p in model.parameters())
-    large = not fixed and STATE * count > LARGE * memory(device, crew.local_world)
+    large = not fixed and STATE * count > LARGE * _share(device, crew)
     if wish == "fsdp" or (wish == "auto" and large):
         return Shards(model, ask, crew, device, precision)
     return Copies(model.to(device), ask, crew, device)
 
 
-def memory(device: torch.device, local_world: int = 1) -> float:
-    """Bytes a process may use on `device`; of a CPU its share among the processes of the machine."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world
-    return 16e9 / local_world
+def _share(device: torch.device, crew: Crew) -> float:
+    """Bytes a process may use on `device`: the GPU's, or its part of the machine's."""
+    whole = machine.memory(device) or 16e9
+    return whole if device.type == "cuda" else whole / crew.local_world
 
 
 def blocks(model: nn.Module) -> list[Block]:
