@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -116,3 +117,15 @@ def many_samples(fragmented: bool) -> bytes:
     at = raw.find(b"trun" if fragmented else b"stsz")
     struct.pack_into(">I" if fragmented else ">II", raw, at + 8, *(() if fragmented else (1,)), 2_000_000_000)
     return bytes(raw)
+
+
+def sparse(size: int) -> bytes:
+    """A tar of one member that claims `size` bytes, of which 512 are written: GNU's form for files with holes."""
+    info = tarfile.TarInfo("a/1.mp4")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for at, value in ((386, 0), (398, 512), (410, size), (422, 0), (483, size)):
+        head[at : at + 12] = b"%011o\0" % value
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + b"\0\0\0\x18ftypisom".ljust(512, b"\0") + bytes(10240)

@@ -9,30 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from multihead.data.loader import shares
 from multihead.errors import UserError
 from multihead.runtime import checkpoint
 from multihead.train import Trainer
-from tests.trainers import trainer
-
-TEXT = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\nThe quick brown fox jumps over the lazy dog.\n"
+from tests.trainers import poem, trainer
 
 
 @pytest.fixture
 def recipe_path(tmp_path: Path) -> Path:
-    (tmp_path / "poem.txt").write_text(TEXT * 60, "utf-8")
-    values: dict[str, Any] = {
-        "task": "text-generation",
-        "data": {"train": "poem.txt"},
-        "options": {"tokenizer": "char", "context": 16},
-        "model": {"d_model": 16, "num_layers": 3, "num_heads": 2},
-        "train": {"steps": 4, "batch_size": 8, "eval_every": 2, "log_every": 1, "threads": 1, "precision": "float32"},
-    }
-    (tmp_path / "poem.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    return tmp_path / "poem.yaml"
+    return poem(tmp_path, 3, steps=4, batch_size=8, eval_every=2)
 
 
 def short_of_memory(one: Trainer, most: int, error: Exception) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import multihead as mh
 from multihead import build
@@ -22,32 +21,12 @@ from multihead.errors import UserError
 from multihead.runtime import checkpoint
 from multihead.runtime.log import read_log
 from multihead.train import train
-from tests.trainers import fit_until, trainer
-
-TEXT = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\nThe quick brown fox jumps over the lazy dog.\n"
+from tests.trainers import fit_until, poem, trainer
 
 
 @pytest.fixture
 def recipe_path(tmp_path: Path) -> Path:
-    (tmp_path / "poem.txt").write_text(TEXT * 60, "utf-8")
-    values: dict[str, Any] = {
-        "task": "text-generation",
-        "name": "poem",
-        "data": {"train": "poem.txt"},
-        "options": {"tokenizer": "char", "context": 16},
-        "model": {"d_model": 16, "num_layers": 1, "num_heads": 2},
-        "train": {
-            "steps": 12,
-            "batch_size": 4,
-            "eval_every": 4,
-            "save_every": 3,
-            "log_every": 1,
-            "threads": 1,
-            "precision": "float32",
-        },
-    }
-    (tmp_path / "poem.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    return tmp_path / "poem.yaml"
+    return poem(tmp_path, 1, steps=12, batch_size=4, eval_every=4, save_every=3)
 
 
 def weights(folder: Path, step: int = 12) -> bytes:

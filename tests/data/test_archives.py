@@ -176,15 +176,7 @@ def test_what_is_only_called_a_clip_is_a_rejected_row(moving: dict[str, bytes], 
 
 
 def sparse(path: Path, size: int) -> str:
-    """A tar of one member that claims `size` bytes, of which 512 are written: GNU's form for files with holes."""
-    info = tarfile.TarInfo("jump/1.mp4")
-    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
-    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    for at, value in ((386, 0), (398, 512), (410, size), (422, 0), (483, size)):
-        head[at : at + 12] = b"%011o\0" % value
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    path.write_bytes(bytes(head) + b"\0\0\0\x18ftypisom".ljust(512, b"\0") + bytes(10240))
+    path.write_bytes(clips.sparse(size))
     return str(path)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multihead.codec.audio import AudioCodec
 from multihead.codec.text import TextCodec
 from multihead.data.rows import Column
 from multihead.errors import UserError
@@ -21,6 +22,7 @@ from multihead.tasks.language.fill_mask import FillMask
 from multihead.tasks.language.text_classification import TextClassification
 from multihead.tasks.language.text_generation import LanguageModel, TextGeneration
 from multihead.tasks.recommendation.sequential_recommendation import SequentialRecommendation
+from multihead.tasks.speech.speech_recognition import SpeechRecognition
 from multihead.transformer.config import TransformerConfig
 
 LINES = [
@@ -29,6 +31,18 @@ LINES = [
     "早餐一般，位置不错，离地铁站很近。",
 ]
 LABELS = ("bad", "good", "<b>so so</b>")
+
+
+def ears(decoder_layers: int, chunk: int) -> Served:
+    """Hears, untrained, what is said in at most two seconds at once."""
+    torch.manual_seed(0)
+    options = SpeechRecognition.Options(mels=16, channels=4, decoder_layers=decoder_layers, max_seconds=2, chunk=chunk)
+    task = SpeechRecognition(options)
+    task.codec = AudioCodec(16, np.zeros(16), np.ones(16))
+    task.units = TextCodec.fit(["hello there 你好"], "char", 100)
+    model = task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval()
+    torch.nn.init.normal_(model.ctc.weight, std=3)  # so that something is heard
+    return Served("ears", task, model)
 
 
 class Mood(Task):

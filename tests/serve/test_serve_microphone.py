@@ -6,30 +6,20 @@ import os
 
 import numpy as np
 import pytest
-import torch
+import serve_models as models
 from test_serve_page import CHROMIUM, FLAGS, serving
 
-from multihead.codec.audio import AudioCodec, wav
-from multihead.codec.text import TextCodec
-from multihead.serve.app import Served
-from multihead.tasks.speech.speech_recognition import SpeechRecognition
-from multihead.transformer.config import TransformerConfig
+from multihead.codec.audio import wav
 
 FAKE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-
-
-def ears() -> Served:
-    torch.manual_seed(0)
-    task = SpeechRecognition(SpeechRecognition.Options(mels=16, channels=4, decoder_layers=0, max_seconds=2, chunk=2))
-    task.codec, task.units = AudioCodec(16, np.zeros(16), np.ones(16)), TextCodec.fit(["abcdef"], "char", 100)
-    return Served("ears", task, task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval())
 
 
 def test_a_recording_from_a_file_and_one_from_the_microphone():
     if not os.path.exists(CHROMIUM):
         pytest.skip(f"no Chromium at {CHROMIUM}; install it, or name it in CHROMIUM")
     sync_api = pytest.importorskip("playwright.sync_api", reason="the extra [dev] is not installed")
-    with sync_api.sync_playwright() as playwright, serving(ears(), max_body_bytes=1 << 22) as (address, _):
+    hears = models.ears(decoder_layers=0, chunk=2)
+    with sync_api.sync_playwright() as playwright, serving(hears, max_body_bytes=1 << 22) as (address, _):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS + FAKE)
         page = browser.new_context(locale="en-US").new_page()
         faults: list[str] = []

@@ -7,31 +7,22 @@ import json
 
 import numpy as np
 import pytest
-import torch
+import serve_models as models
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from multihead.codec.activity import Listener
-from multihead.codec.audio import AudioCodec, resampling, wav
-from multihead.codec.text import TextCodec
+from multihead.codec.audio import resampling, wav
 from multihead.data.audio import to_uri
 from multihead.serve import streams
-from multihead.serve.app import Served, ServeSettings, create_app
-from multihead.tasks.speech.speech_recognition import SpeechRecognition
-from multihead.transformer.config import TransformerConfig
+from multihead.serve.app import ServeSettings, create_app
 
 PATH = "ws://127.0.0.1/v1/audio/stream"
 
 
 def app_of(**settings):
-    torch.manual_seed(0)
-    task = SpeechRecognition(SpeechRecognition.Options(mels=16, channels=4, decoder_layers=0, max_seconds=2, chunk=3))
-    task.codec = AudioCodec(16, np.zeros(16), np.ones(16))
-    task.units = TextCodec.fit(["hello there 你好"], "char", 100)
-    model = task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval()
-    torch.nn.init.normal_(model.ctc.weight, std=3)
-    return create_app([Served("ears", task, model)], ServeSettings(**settings))
+    return create_app([models.ears(decoder_layers=0, chunk=3)], ServeSettings(**settings))
 
 
 @pytest.fixture(scope="module")

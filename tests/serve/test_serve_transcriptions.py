@@ -7,28 +7,20 @@ import re
 
 import numpy as np
 import pytest
-import torch
+import serve_models as models
 from fastapi.testclient import TestClient
 
-from multihead.codec.audio import AudioCodec, wav
-from multihead.codec.text import TextCodec
-from multihead.serve.app import Served, ServeSettings, create_app
+from multihead.codec.audio import wav
+from multihead.serve.app import ServeSettings, create_app
 from multihead.serve.transcriptions import segments, subtitles
-from multihead.tasks.speech.speech_recognition import SpeechRecognition
-from multihead.transformer.config import TransformerConfig
 
 openai = pytest.importorskip("openai")
 
 
 @pytest.fixture(scope="module")
 def client():
-    torch.manual_seed(0)
-    task = SpeechRecognition(SpeechRecognition.Options(mels=16, channels=4, decoder_layers=1, max_seconds=2, chunk=2))
-    task.codec = AudioCodec(16, np.zeros(16), np.ones(16))
-    task.units = TextCodec.fit(["hello there 你好"], "char", 100)
-    model = task.model(TransformerConfig(d_model=16, num_layers=1, num_heads=2)).eval()
-    torch.nn.init.normal_(model.ctc.weight, std=3)
-    app = create_app([Served("ears", task, model)], ServeSettings(max_body_bytes=1 << 20, cors_origins=["http://friend"]))
+    settings = ServeSettings(max_body_bytes=1 << 20, cors_origins=["http://friend"])
+    app = create_app([models.ears(decoder_layers=1, chunk=2)], settings)
     with TestClient(app, base_url="http://127.0.0.1") as found:
         yield found
 
