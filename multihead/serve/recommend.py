@@ -34,6 +34,8 @@ POOL_PER_ITEM = 10
 """… or so many for each item asked for, if that is more …"""
 MOST = 1000
 """… but never more; also the longest list."""
+INLINE = 20
+"""Items to be chosen by thinning out, from which on it is done beside the loop."""
 IDS = 10_000
 """Most ids of a history."""
 ASKED = ("user", "history", "exclude", "context")
@@ -121,7 +123,11 @@ async def recommend(
     if ranker is not None:
         await _rank(ranker, asked, lists)
     if thinned:
-        lists = await asyncio.to_thread(lambda: [_thinned(retriever, found, k, thinned) for found in lists])
+        def thin() -> list[dict[str, Any]]:
+            return [_thinned(retriever, found, k, thinned) for found in lists]
+
+        # A short list takes less time than a thread's coming and going.
+        lists = thin() if k * len(lists) <= INLINE else await asyncio.to_thread(thin)
     return [{**found, "items": found["items"][:k]} for found in lists]
 
 
