@@ -7,8 +7,8 @@ The peer is `ViTForImageClassification` of the recipe's width, depth, heads, pat
 same pictures, normalized alike, mirrored and shifted as ours are and without further noise. Ours is the package's own
 `Trainer` with the shipped recipe.
 
-throughput: training steps of both in turn, the peer in a process of its own; what counts is the median of pictures a
-second, at the number of threads that is faster for each. First as each comes (ours in bfloat16 where the processor has
+throughput: training steps of both in turn, the peer in a process of its own; what counts is the median ratio over the
+rounds, at the number of threads that is faster for each. First as each comes (ours in bfloat16 where the processor has
 instructions for it, with the convolutions in front, its noise and Muon), then at one precision: ours with a linear
 patch embedding and AdamW, as the peer has. Blocks are of one shape: those of the recipe without their convolutions.
 
@@ -21,16 +21,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +36,7 @@ os.environ.setdefault("MULTIHEAD_DATA", str(Path("../shared/data").resolve()))
 import numpy as np
 import torch
 from _common import Aim, arguments, finish
+from _pairs import Apart, Rounds, stepper, timed
 from torch import Tensor
 
 from multihead import evaluate, prepare
@@ -111,6 +108,9 @@ class Peer:
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.plan.mean, self.plan.std))
         return (images.float() / 255 - mean) / std
 
+    def __call__(self) -> None:
+        self.advance()
+
     def advance(self, done: float = 0.5) -> None:
         """One step; `done`: the share of its time that has gone by."""
         rate = min(1.0, done / PEER["warmup"]) if done < PEER["warmup"] else (
@@ -148,51 +148,6 @@ def _shape(codec: Any) -> tuple[int, int, int]:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-class Apart:
-    """A peer in a process of its own, with the allocator as it comes (ours has it keep what was freed)."""
-
-    def __init__(self, plan: Plan, precision: torch.dtype) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        context.Process(target=_apart, args=(theirs, plan, precision), daemon=True).start()
-        self.parameters: int = self.pipe.recv()
-
-    def __call__(self, threads: int) -> float:
-        self.pipe.send(threads)
-        return float(self.pipe.recv())
-
-
-def _apart(pipe: Any, plan: Plan, precision: torch.dtype) -> None:
-    peer = Peer(plan, precision)
-    pipe.send(peer.parameters)
-    with suppress(EOFError):  # the other side is through
-        while True:
-            pipe.send(timed(peer.advance, pipe.recv()))
-
-
-def timed(work: Callable[[], None], threads: int) -> float:
-    """Seconds that `work` takes with so many threads."""
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def rates(sides: dict[str, Callable[[int], float]], batch: int, seconds: float) -> dict[str, float]:
-    """Pictures a second of each side: by the median of its steps, sides in turn, each at its faster number of threads.
-    """
-    times: dict[tuple[str, int], list[float]] = {(name, n): [] for name in sides for n in {1, device.cores()}}
-    for work in sides.values():
-        work(1)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 3:
-        for (name, threads), taken in times.items():
-            taken.append(sides[name](threads))
-    for (name, threads), taken in times.items():
-        print(f"  {name}, {threads} threads: {batch / statistics.median(taken):.1f} pictures/s")
-    return {name: batch / min(statistics.median(t) for (n, _), t in times.items() if n == name) for name in sides}
-
-
 def throughput(args: Any) -> int:
     """Training speed: default against default, and at one precision."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -200,40 +155,37 @@ def throughput(args: Any) -> int:
         prepare.run_step(RECIPES / "fashion-mnist.yaml", ["train.minutes=null"], folder)
         ours = {"ours": trainer("fashion-mnist", folder, SHAPE),
                 **{f"ours, {kind}": trainer("fashion-mnist", folder, [f"train.precision={kind}", *SHAPE, *PLAIN])
-                   for kind in ("float32", "bf16")}}  # fmt: skip
+                   for kind in PRECISIONS}}  # fmt: skip
         first = ours["ours"]
         plan = Plan.of(first)
-        peers = {"peer, float32": Apart(plan, torch.float32), "peer, bf16": Apart(plan, torch.bfloat16)}
-        sides: dict[str, Any] = {**{name: partial(timed, stepper(one)) for name, one in ours.items()}, **peers}
-        found = rates(sides, first.settings.batch_size, args.minutes * 60)
+        apart = Apart(both, plan, clock=args.clock)
+        sides = {**{name: timed(stepper(one), args.clock) for name, one in ours.items()}, **apart.sides}
+        rounds = Rounds(sides, args.minutes * 60, {1, device.cores()})
+        found = {name: first.settings.batch_size / rounds.seconds(name) for name in sides}
         size = sum(p.numel() for p in first.model.parameters())
     for name, rate in found.items():
         print(f"{name:16} {rate:8.1f} pictures/s")
-    print(f"parameters: ours {size:,}, peer {peers['peer, float32'].parameters:,}")
-    aims = [_speed("as each comes", found["peer, float32"], found["ours"], DEFAULT_RATIO)]
-    aims += [_speed(kind, found[f"peer, {kind}"], found[f"ours, {kind}"], SAME_RATIO) for kind in ("float32", "bf16")]
+    print(f"parameters: ours {size:,}, peer {apart.parameters['peer, float32']:,}")
+    aims = [_speed("as each comes", found["peer, float32"], found["ours"],
+                   rounds.ratio("peer, float32", "ours"), DEFAULT_RATIO)]  # fmt: skip
+    aims += [_speed(kind, found[f"peer, {kind}"], found[f"ours, {kind}"],
+                    rounds.ratio(f"peer, {kind}", f"ours, {kind}"), SAME_RATIO) for kind in PRECISIONS]  # fmt: skip
     return finish(args, aims, {"pictures_per_s": found, "recipe": first.recipe.plain(), "peer_settings": PEER})
 
 
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 SHAPE = ["model.conv_kernel=0", "train.batch_size=128"]
 PLAIN = ["options.stem=linear", "train.optimizer=adamw"]
 
 
-def _speed(name: str, peer: float, ours: float, least: float) -> Aim:
-    print(f"{name}: {ours / peer:.2f} ×")
-    return Aim(f"training, {name}", peer, ours, "pictures/s", f"ours ≥ {least:g} × peer", ours >= least * peer)
+def _speed(name: str, peer: float, ours: float, ratio: float, least: float) -> Aim:
+    print(f"{name}: {ratio:.2f} ×")
+    return Aim(f"training, {name}", peer, ours, "pictures/s", f"ratio ≥ {least:g}: {ratio:.2f}", ratio >= least)
 
 
-def stepper(one: Trainer) -> Callable[[], None]:
-    """A step of `one` at each call, its moving average of the weights included."""
-    steps = itertools.count()
-
-    def step() -> None:
-        one._update(next(steps))
-        if one.ema is not None:
-            one.ema.update()
-
-    return step
+def both(plan: Plan) -> dict[str, Peer]:
+    """The peer at either precision, in the process apart."""
+    return {f"peer, {kind}": Peer(plan, precision) for kind, precision in PRECISIONS.items()}
 
 
 def trainer(recipe: str, run: str, overrides: Sequence[str]) -> Trainer:

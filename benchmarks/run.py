@@ -29,11 +29,12 @@ DOCS = {"benchmarks.md": ("benchmark", "what", "peer", "ours", "unit", "aim", "h
         "benchmarks.zh.md": ("基准", "内容", "对照", "本项目", "单位", "目标", "达到", "是", "否")}  # fmt: skip
 MARKS = "<!-- table -->", "<!-- /table -->"
 PARTS = {"image_classification": ("throughput", "fashion-mnist", "cifar10"),
-         "speech_recognition": ("syllables", "aishell")}  # fmt: skip
+         "speech_recognition": ("syllables", "aishell"),
+         "training_speed": ("decoder", "encoder", "encoder-decoder")}  # fmt: skip
 SMOKE = ("startup", "generate", "recommend_serving")
 SMOKE_LIMIT = 170.0
 SMOKE_MINUTES = 0.02
-NOT_ALONE = {"_common", "run"}
+NOT_ALONE = {"_common", "_pairs", "run"}
 
 
 def names() -> list[str]:
