@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from multihead import build
+from multihead import build, stepping
 from multihead.data.loader import Loader
 from multihead.data.store import Store
 from multihead.errors import tr
@@ -23,7 +24,8 @@ from multihead.task import Task
 
 
 def step_cost(task: Task, recipe: Recipe, store: Store, watch: Watch | None = None) -> Cost:
-    """What the heaviest training step of the recipe costs, counted without allocating it.
+    """What the heaviest training step of the recipe costs, counted without allocating it; threads that may work side by
+    side on it each have gradients of their own.
 
     Args:
         task: with its codecs and, where the recipe names weights to start from, its origin.
@@ -52,9 +54,11 @@ def step_cost(task: Task, recipe: Recipe, store: Store, watch: Watch | None = No
     if watch is not None:
         return counted(watch=watch)
     try:
-        return counted(watch=Shadow())
+        found = counted(watch=Shadow())
     except Exception:
-        return counted(watch=Watch())
+        found = counted(watch=Watch())
+    more = found.gradients * (max(count for _, count in stepping.ways(recipe, task, where)) - 1)
+    return replace(found, gradients=found.gradients + more, peak=found.peak + more)
 
 
 def heaviest(recipe: Recipe, task: Task, examples: Sequence[Any]) -> int:

@@ -174,6 +174,13 @@ class Train(Section):
     例如 {metric: loss, patience: 5}：验证指标不再改善时提前结束。"""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Cores to use; auto: as many as make the steps fastest, by a short measurement.
+    使用的核数；auto 会先短测，取最快的。"""
+    side_by_side: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
+    """On a CPU: threads that each work out a part of a batch, each for gradients of its own; 1: all cores share every
+    operation. auto: what is faster, where threads is auto too.
+    在 CPU 上：由这么多线程各算一批数据的一部分（各占一份梯度内存）；1 表示所有核共同完成每个运算。
+    auto（且 threads 也为 auto 时）取较快的方式。"""
     device: str = "auto"
     parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
     """Of several processes (torchrun): ddp, each a copy of the model; fsdp, each a share of it; auto, by its size.

@@ -1,19 +1,21 @@
 """One step of the optimizer over the global batch: cut into micro-batches, dealt out, summed, and divided once.
 
 Nothing here depends on how many processes there are but who works out which micro-batch: a row's noise goes by its
-place in the global batch, a micro-batch's by its number. So N processes do what one does with N micro-batches.
+place in the global batch, a micro-batch's by its number. So N processes, or N threads of one, do what one does with N
+micro-batches.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from multihead import build, evaluate
 from multihead.data.loader import Loader, shares
@@ -21,7 +23,12 @@ from multihead.errors import UserError, tr
 from multihead.recipe import Recipe
 from multihead.runtime import device, optim, parallel
 from multihead.runtime.crew import Crew
+from multihead.runtime.side_by_side import Gradients, SideBySide
 from multihead.task import Batch, Example, Task
+from multihead.transformer import noise
+
+Part = tuple[int, int, int]
+"""A micro-batch: its number, its first row in the global batch, and the one behind its last."""
 
 
 class Outcome(NamedTuple):
@@ -37,6 +44,18 @@ class Outcome(NamedTuple):
     """Whether a signal asked any process to stop."""
 
 
+class Told:
+    """Sums over micro-batches: of the loss, of what it counts, and of further losses."""
+
+    def __init__(self) -> None:
+        self.total, self.count, self.parts = 0.0, 0, dict[str, float]()
+
+    def add(self, total: Any, count: Any, parts: Mapping[str, Any]) -> None:
+        self.total, self.count = self.total + float(total), self.count + int(count)
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + float(value)
+
+
 class TooMuch(UserError):
     """Memory did not suffice among several processes, or for a single row. `rows`: how many to try next; 0: none."""
 
@@ -47,7 +66,9 @@ class Stepper:
     """The model with its optimizer, and how a step is taken.
 
     Attributes:
-        at_once: rows of a micro-batch; None: a process's whole share of a batch. Halved where they do not fit.
+        at_once: rows of a micro-batch; None: a process's, or a thread's, whole share of a batch. Halved where they do
+            not fit.
+        threads: what works out micro-batches at the same time; None: they come one after the other.
     """
 
     def __init__(
@@ -58,6 +79,8 @@ class Stepper:
         self.device, self.precision, self.say = place, precision, say
         self.loader = Loader(examples, self.settings.batch_size, seed=recipe.seed, lengths=task.length(examples))
         self.at_once = self.settings.micro_batch
+        self.threads: SideBySide | None = None
+        self.reading = threading.Lock()
         shares(self.loader.batch_size, self.at_once, crew.rank, crew.world)  # refuses before anything is built
 
     def build(self, fresh: bool) -> build.Taken | None:
@@ -77,6 +100,13 @@ class Stepper:
         self.model: nn.Module = model
         self.optimizer = build.training_optimizer(self.recipe, model)
         return taken
+
+    def work_in(self, way: tuple[int, int]) -> None:
+        """Take so many cores, and cut batches for so many threads side by side."""
+        cores, count = way
+        torch.set_num_threads(cores)
+        if count != (self.threads.count if self.threads else 1):
+            self.threads = SideBySide(count, max(1, cores // count)) if count > 1 else None
 
     def update(self, step: int, steps: int, signalled: bool = False) -> Outcome:
         """Step number `step` (from 0) of `steps`."""
@@ -100,29 +130,50 @@ class Stepper:
         """This process's sums of loss, count and further losses, gradients of which the model then holds; None where
         memory did not suffice and fewer rows at once may do."""
         indices = self.loader.batch(step)
-        mine = shares(len(indices), self.at_once, self.crew.rank, self.crew.world)
-        total, count, parts = 0.0, 0, dict[str, float]()
+        at_once = self.at_once or (-(-len(indices) // self.threads.count) if self.threads else None)
+        mine = shares(len(indices), at_once, self.crew.rank, self.crew.world)
+        told = Told()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            for micro, start, stop in mine:
-                batch = self.batch(step, indices[start:stop], start)
-                device.seed_step(self.recipe.seed, step, micro)
-                with self.engine.talking(last=micro == mine[-1][0]):
-                    with device.autocast(self.device, self.precision):
-                        told, counted, more = self.engine.asked(batch)
-                    told.backward()
-                total, count = total + float(told.detach()), count + int(counted)
-                for name, value in more.items():
-                    parts[name] = parts.get(name, 0.0) + float(value)
+            if self.threads:
+                self._side_by_side(self.threads, step, indices, mine, told)
+            else:
+                for part in mine:
+                    with self.engine.talking(last=part == mine[-1]):
+                        loss, counted, more = self._loss(step, indices, part)
+                        loss.backward()
+                    told.add(loss.detach(), counted, more)
         except (RuntimeError, MemoryError) as error:
             rows = max(stop - start for _, start, stop in mine)
             if not out_of_memory(error):
                 raise
-            if self.crew.world > 1 or rows == 1:
+            if self.crew.world > 1 or (rows == 1 and not self.threads):
                 raise self._too_much(rows, error) from None
             return None
         self.engine.reduce()
-        return total, count, parts
+        return told.total, told.count, told.parts
+
+    def _loss(self, step: int, indices: np.ndarray, part: Part, sow: Callable[[int], object] = torch.manual_seed,
+              ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        micro, start, stop = part
+        with self.reading:  # tasks need not know that there are threads
+            batch = self.batch(step, indices[start:stop], start)
+        device.seed_step(self.recipe.seed, step, micro, sow=sow)
+        with device.autocast(self.device, self.precision):
+            return self.engine.asked(batch)
+
+    def _side_by_side(self, threads: SideBySide, step: int, indices: np.ndarray, mine: list[Part], told: Told) -> None:
+        def work(own: Sequence[Part]) -> tuple[Gradients, Told]:
+            found, said = Gradients(self.model), Told()
+            for part in own:
+                loss, counted, more = self._loss(step, indices, part, noise.seed)
+                found.add(loss)
+                said.add(loss.detach(), counted, more)
+            return found, said
+
+        for found, said in threads.each(work, mine):
+            found.give()
+            told.add(said.total, said.count, said.parts)
 
     def batch(self, step: int, indices: np.ndarray, first: int) -> Batch:
         """Rows of the data as the model reads them, noise included; `first`: where in the whole batch they begin."""
@@ -136,7 +187,9 @@ class Stepper:
 
     def _halve(self) -> None:
         """Half as many rows at once from here on. What was summed of the step is dropped, and it begins anew."""
-        rows = self.at_once or self.loader.batch_size
+        rows = self.at_once or -(-self.loader.batch_size // (self.threads.count if self.threads else 1))
+        if rows == 1:
+            self.threads = None  # the last thing to spare
         self.at_once = -(-rows // 2)
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
@@ -166,6 +219,20 @@ class Stepper:
             "并从最近的检查点继续：请再次运行同一条命令（torchrun 加 --max-restarts 会自动重启）"))
         told.rows = fewer
         return told
+
+
+def ways(recipe: Recipe, task: Task, place: torch.device, crew: Crew | None = None) -> list[tuple[int, int]]:
+    """How steps may be worked out on a CPU: cores to use, and threads that work side by side on parts of a batch."""
+    s, crew = recipe.train, crew or Crew()
+    if place.type != "cpu" or crew.world > 1:
+        own = max(1, device.cores() // crew.local_world)
+        return [(s.threads if isinstance(s.threads, int) else own, 1)]
+    counts = [s.threads] if isinstance(s.threads, int) else device.candidates()
+    if isinstance(s.side_by_side, int):
+        return [(max(n, s.side_by_side), s.side_by_side) for n in counts]
+    if isinstance(s.threads, int) or s.micro_batch is not None or s.recompute or not task.rows_apart:
+        return [(n, 1) for n in counts]
+    return [*((n, 1) for n in counts), *((n, n) for n in counts if 1 < n <= s.batch_size)]
 
 
 def out_of_memory(error: BaseException) -> bool:

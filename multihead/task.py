@@ -166,6 +166,12 @@ class Task:
 
     # -- train --------------------------------------------------------------------------------------------------------
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row's loss is the same whatever other rows are worked out with it. Where not, a batch is cut into
+        parts only where the recipe asks for it."""
+        return True
+
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Crop, mask, noise; training loader only."""
         return example

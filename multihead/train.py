@@ -38,7 +38,7 @@ from multihead.runtime.crew import Crew, crew
 from multihead.runtime.flops import forward_flops
 from multihead.runtime.log import Log, Progress, read_log, resume_command
 from multihead.runtime.meter import Meter
-from multihead.stepping import Outcome, Stepper, TooMuch
+from multihead.stepping import Outcome, Stepper, TooMuch, ways
 from multihead.task import Batch, Task
 
 
@@ -120,7 +120,7 @@ class Trainer:
         self.stepper = Stepper(recipe, task, self.examples, self.crew, self.device, self.precision, self._say)
         self.bar: Progress | None = None
         self.saved, self.skipped = keeping.latest(folder, self.crew)
-        self.steps, self.threads = self._scale()
+        self.steps, self.threads, self.side_by_side = self._scale()
         self.taken = self.stepper.build(fresh=self.saved is None)
         self.ema = optim.EMA(self.model, self.settings.ema) if self.settings.ema else None
         self.step = 0
@@ -144,29 +144,27 @@ class Trainer:
     def _has(self, part: str) -> bool:
         return self.folder.file(f"data/{part}").is_dir() and len(Store(self.folder.file(f"data/{part}"))) > 0
 
-    def _scale(self) -> tuple[int, int]:
-        """Steps of the whole run and threads to use: what the checkpoint says, else by a short measurement."""
-        s = self.settings
-        if self.saved is not None and self.saved.meta.get("world", 1) == self.crew.world:
-            torch.set_num_threads(self.saved.meta["threads"])
-            return self.saved.meta["steps"], self.saved.meta["threads"]
-        if isinstance(s.threads, int):
-            torch.set_num_threads(s.threads)
-        elif self.crew.world > 1 or self.saved is not None:
-            torch.set_num_threads(max(1, device.cores() // self.crew.local_world))
-        if self.saved is not None:
-            return self.saved.meta["steps"], torch.get_num_threads()
-        measured = isinstance(s.threads, int) or self.device.type != "cpu" or self.crew.world > 1
-        if not s.steps or (s.minutes is None and measured):
-            return s.steps, torch.get_num_threads()
+    def _scale(self) -> tuple[int, int, int]:
+        """Steps of the whole run, threads to use, and how many work side by side: what the checkpoint says, else by a
+        short measurement."""
+        s, meta = self.settings, self.saved.meta if self.saved is not None else None
+        open_to = ways(self.recipe, self.task, self.device, self.crew)
+        if meta is not None:
+            same = meta.get("world", 1) == self.crew.world
+            way = (meta["threads"], meta.get("side_by_side", 1)) if same else open_to[-1]
+            self.stepper.work_in(way)
+            return meta["steps"], *way
+        self.stepper.work_in(open_to[0])
+        if not s.steps or (s.minutes is None and len(open_to) == 1):
+            return s.steps, *open_to[0]
         self.stepper.build(fresh=True)  # thrown away after the measurement
         step = iter(range(1 << 30))
 
         def work() -> None:
             self.stepper.update(next(step), s.steps)
 
-        threads = torch.get_num_threads() if measured else device.choose_threads(work)
-        return (s.steps if s.minutes is None else self._steps_in(s.minutes, work)), threads
+        way = device.choose(open_to, self.stepper.work_in, work)
+        return (s.steps if s.minutes is None else self._steps_in(s.minutes, work)), *way
 
     def _steps_in(self, minutes: float, work: Callable[[], None]) -> int:
         """So many steps take about `minutes`, but for a twentieth that is left for evaluations and checkpoints."""
@@ -350,6 +348,7 @@ class Trainer:
             "done": self.done,
             "steps": self.steps,
             "threads": self.threads,
+            "side_by_side": self.side_by_side,
             "seconds": self.seconds,
             "precision": str(self.precision).removeprefix("torch."),
         }
@@ -366,6 +365,8 @@ class Trainer:
         parameters = build.trainable(self.model)
         number = str(self.precision).removeprefix("torch.")
         where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
+        if self.side_by_side > 1:
+            where += tr(" side by side", "（各算一部分）")
         if self.crew.world > 1:
             how, many = self.stepper.engine.name, self.crew.world
             where = tr(f"{many} processes ({how}) with {where} each", f"{many} 个进程（{how}），各 {where}")

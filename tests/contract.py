@@ -207,6 +207,20 @@ class Contract:
             assert a.grad is not None and b.grad is not None
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 
+    def test_threads_side_by_side_do_what_one_does_in_turn(self, recipe_path: Path, tmp_path: Path) -> None:
+        """To the bit, noise included."""
+        wish = ("model.dropout=0.1", "train.batch_size=8", "train.micro_batch=4")
+        alone = self._trainer(recipe_path, tmp_path / "a", *wish)
+        together = self._trainer(recipe_path, tmp_path / "b", *wish, "train.side_by_side=2")
+        assert together.stepper.threads is not None and alone.stepper.threads is None
+        torch.set_num_threads(1)  # what is not side by side is to have as many cores in both
+        for step in range(2):
+            assert alone._update(step)[:3] == together._update(step)[:3]
+            weights = zip(alone.model.named_parameters(), together.model.parameters(), strict=True)
+            for (name, a), b in weights:
+                assert a.grad is not None and b.grad is not None
+                assert torch.equal(a.grad.to_dense(), b.grad.to_dense()), name
+
     def test_eight_rows_can_be_overfitted(self, recipe_path: Path, tmp_path: Path) -> None:
         plain = ["options.label_smoothing=0"] if "label_smoothing" in task.find(self.name).Options.model_fields else []
         trainer = self._trainer(

@@ -52,7 +52,8 @@ def recipes(folder: Path) -> dict[str, Path]:
     marked = "".join(json.dumps({"text": w, "label": "ab"[i % 2]}) + "\n" for i, w in enumerate(words))
     return {
         "poem": poem,
-        "pairs": written(folder, "pairs", pairs, task="translation"),
+        # Hardly trained, it writes texts nearly as likely as others, which a last bit may tell apart; here it does not.
+        "pairs": written(folder, "pairs", pairs, task="translation", seed=1),
         "marked": written(folder, "marked", marked, task="text-classification"),
     }
 

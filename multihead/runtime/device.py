@@ -14,10 +14,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from . import machine
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 # What each extra is for, and the modules by which we see that it is there.
+Way = TypeVar("Way", bound=Hashable)
+
 EXTRAS = {
     "data": ("pyarrow",),
     "vision": ("PIL", "av"),
@@ -104,8 +107,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision)
 
 
-def seed_step(seed: int, step: int, micro: int = 0, rank: int = 0) -> None:
-    """Sets torch's generators as a pure function of the four numbers, so that resuming needs no saved state."""
+def seed_step(seed: int, step: int, micro: int = 0, rank: int = 0, sow: Callable[[int], object] = torch.manual_seed,
+              ) -> None:
+    """Sets torch's generators as a pure function of the four numbers, so that resuming needs no saved state.
+
+    Args:
+        sow: what sets them; `multihead.transformer.noise.seed`: those of the calling thread.
+    """
     value = 0
     for part in (seed, step, micro, rank):
         # The mixing step of SplitMix64 (Steele, Lea & Flood 2014): neighbouring steps get unrelated streams.
@@ -113,7 +121,7 @@ def seed_step(seed: int, step: int, micro: int = 0, rank: int = 0) -> None:
         value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
         value ^= value >> 31
-    torch.manual_seed(value)
+    sow(value)
 
 
 # ---- cores and threads ---------------------------------------------------------------------------------------------
@@ -165,37 +173,43 @@ def candidates(count: int | None = None) -> list[int]:
 
 
 def choose_threads(work: Callable[[], object], tries: Sequence[int] | None = None, budget: float = 2.0) -> int:
-    """Sets torch to the number of threads with which `work` runs fastest here and now, and returns it.
+    """Sets torch to the number of threads with which `work` runs fastest here and now, and returns it; fewer win within
+    5 %. As `choose`."""
+    return choose(candidates() if tries is None else sorted(set(tries)), torch.set_num_threads, work, budget)
 
-    Runs `work` with each number in turn, round after round, for about `budget` seconds, and compares medians; fewer
-    threads win within 5 %. Worth measuring: where cores are shared with others, threads that wait busily for each other
-    can make a step ten times slower than one thread alone.
+
+def choose(ways: Sequence[Way], go: Callable[[Way], object], work: Callable[[], object], budget: float = 2.0) -> Way:
+    """The way in which `work` runs fastest here and now; earlier ones win within 5 %. It is the one that is gone.
+
+    Runs `work` in each way in turn, round after round, for about `budget` seconds, and compares medians. Worth
+    measuring: where cores are shared with others, threads that wait busily for each other can make a step ten times
+    slower than one thread alone.
+
+    Args:
+        go: takes a way.
     """
-    tries = candidates() if tries is None else sorted(set(tries))
-    times: dict[int, list[float]] = {count: [] for count in tries}
-    if len(tries) > 1:
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    if len(ways) > 1:
         end = time.perf_counter() + budget
-        torch.set_num_threads(tries[0])
+        go(ways[0])
         work()
-        while min(map(len, times.values())) == 0 or (time.perf_counter() < end and len(times[tries[0]]) < 50):
-            for count in tries:
-                if time.perf_counter() > end and times[count]:
+        while min(map(len, times.values())) == 0 or (time.perf_counter() < end and len(times[ways[0]]) < 50):
+            for way in ways:
+                if time.perf_counter() > end and times[way]:
                     break
-                torch.set_num_threads(count)
+                go(way)
                 start = time.perf_counter()
                 work()
-                times[count].append(time.perf_counter() - start)
-    best = pick_threads(times)
-    torch.set_num_threads(best)
+                times[way].append(time.perf_counter() - start)
+    best = fastest(times)
+    go(best)
     return best
 
 
-def pick_threads(times: dict[int, list[float]]) -> int:
-    """The fewest threads whose median time is within 5 % of the best."""
-    medians = {count: statistics.median(seen) for count, seen in times.items() if seen}
-    if not medians:
-        return min(times)
-    return min(count for count, seen in medians.items() if seen <= 1.05 * min(medians.values()))
+def fastest(times: Mapping[Way, Sequence[float]]) -> Way:
+    """The first key whose median time is within 5 % of the best."""
+    medians = {way: statistics.median(seen) for way, seen in times.items() if seen}
+    return next((way for way, seen in medians.items() if seen <= 1.05 * min(medians.values())), next(iter(times)))
 
 
 def keep_memory() -> None:

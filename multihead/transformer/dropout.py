@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multihead.transformer import noise
+
 LEVELS = 256
 EACH = 0x0101010101010101
 """A one in every byte of a word."""
@@ -20,9 +22,12 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     if not training or p == 0.0:
         return x
     out = round(p * LEVELS)
-    if x.device.type != "cpu" or not 0 < out < LEVELS:
+    if x.device.type != "cpu":
         return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    own = noise.generator(x.device)
+    if not 0 < out < LEVELS:
+        return x * ((torch.rand(x.shape, generator=own) >= p).to(x.dtype) / (1 - p))
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=own)
     kept = at_least(words, out)[: x.numel()].view(x.shape)
     return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - out))
 
@@ -47,7 +52,7 @@ def drop_path(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Zero whole examples (the first axis) with probability `p`, the others scaled so that the mean stays."""
     if not training or p == 0.0:
         return x
-    kept_B = torch.rand(len(x), device=x.device) >= p
+    kept_B = torch.rand(len(x), device=x.device, generator=noise.generator(x.device)) >= p
     return x * (kept_B.to(x.dtype) / (1 - p)).view(-1, *[1] * (x.dim() - 1))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multihead.transformer.dropout import Dropout
 from multihead.transformer.inputs import ngram_hashes
 
 
@@ -65,7 +66,7 @@ class PoolHead(nn.Module):
         self.pool = pool
         self.query = nn.Linear(d_model, 1) if pool == "attention" else None
         self.pooler = nn.Linear(d_model, d_model) if pool == "first" else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(d_model * (2 if pool == "attention" else 1), classes)
         nn.init.normal_(self.linear.weight, std=d_model**-0.5)
         nn.init.zeros_(self.linear.bias)
@@ -94,7 +95,7 @@ class DistilledHead(nn.Module):
     def __init__(self, d_model: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear, self.distilled = nn.Linear(d_model, classes), nn.Linear(d_model, classes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for linear in (self.linear, self.distilled):
             nn.init.normal_(linear.weight, std=d_model**-0.5)
             nn.init.zeros_(linear.bias)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multihead.transformer.dropout import Dropout
+
 TARGETS = {"attention": ("attention", "cross"), "feed_forward": ("feed_forward",)}
 """What a recipe calls the linear maps of a trunk, and the parts of a block that hold them."""
 
@@ -27,7 +29,7 @@ class LoraLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.drop = alpha / rank, nn.Dropout(dropout)
+        self.scale, self.drop = alpha / rank, Dropout(dropout)
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors' own code and PEFT's

@@ -21,6 +21,7 @@ from multihead.transformer.convolution import Convolution
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.dropout import dropout as random_zeros
 from multihead.transformer.feed_forward import FeedForward, mark_split
+from multihead.transformer.rotary import heads_turned, rotary_table, rotate
 
 
 def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
@@ -29,30 +30,6 @@ def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
-
-
-def rotary_table(
-    head_size: int, max_length: int, theta: float, llama3: tuple[float, float, float, float] | None = None
-) -> Tensor:
-    """Angles of rotary positions (Su et al. 2021, section 3.2.2): (max_length, 2, E/2), cosines then sines.
-
-    `llama3` (factor, low, high, former length): waves that turn fewer than `low` times in the former length are slowed
-    by `factor`, those that turn more than `high` times are kept, with a straight line between (Llama 3.1's code).
-    """
-    inverse_E2 = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    if llama3 is not None:
-        factor, low, high, former = llama3
-        kept_E2 = ((former * inverse_E2 / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        inverse_E2 = inverse_E2 * (kept_E2 + (1 - kept_E2) / factor)
-    angle_TE2 = torch.arange(max_length, dtype=torch.float64)[:, None] * inverse_E2
-    return torch.stack((angle_TE2.cos(), angle_TE2.sin()), dim=1).float()
-
-
-def rotate(x_BTHE: Tensor, angles_BT2E: Tensor) -> Tensor:
-    """Turn each pair (e, e + E/2) of every head by its position's angle. Angles: (B or 1, T, 2, E/2)."""
-    cos, sin = angles_BT2E.to(x_BTHE.dtype)[..., None, :].unbind(2)
-    a, b = x_BTHE.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -114,8 +91,8 @@ class Attention(nn.Module):
             if angles_BT2E is not None:
                 q_BTHE, k_BTKE = rotate(q_BTHE, angles_BT2E), rotate(k_BTKE, angles_BT2E)
         elif angles_BT2E is not None:
-            qk_BTXE, v_BTKE = qkv_BTXE.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-            q_BTHE, k_BTKE = rotate(qk_BTXE, angles_BT2E).split((self.heads, self.kv_heads), dim=2)
+            sizes = (self.heads, self.kv_heads, self.kv_heads)
+            q_BTHE, k_BTKE, v_BTKE = heads_turned(qkv_BTXE, angles_BT2E, sizes, kept=1)
         else:
             q_BTHE, k_BTKE, v_BTKE = qkv_BTXE.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         return q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
@@ -144,7 +121,7 @@ class Attention(nn.Module):
     def _attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         q_BHTE, k_BKSE = q_BHTE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype)
         dropout = self.dropout if self.training else 0.0
-        if plain_is_faster(q_BHTE, k_BKSE):
+        if plain_is_faster(q_BHTE, k_BKSE) or (dropout and q_BHTE.device.type == "cpu"):  # there torch's is no faster
             y_BHTE = plain_attention(q_BHTE, k_BKSE, v_BKSE, mask, causal, dropout)
         else:
             y_BHTE = F.scaled_dot_product_attention(

@@ -74,9 +74,9 @@ def test_cpu_quota_of_control_groups(tmp_path: Path, content: str, expected: flo
 
 def test_candidates_and_choice_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.candidates(1) == [1] and device.candidates(6) == [1, 2, 4, 6] and device.candidates(8) == [1, 2, 4, 8]
-    assert device.pick_threads({1: [1.04, 1.04, 9.0], 2: [1.0, 1.0, 1.0]}) == 1
-    assert device.pick_threads({1: [1.06], 2: [1.0], 4: [0.99]}) == 2
-    assert device.pick_threads({3: []}) == 3
+    assert device.fastest({1: [1.04, 1.04, 9.0], 2: [1.0, 1.0, 1.0]}) == 1
+    assert device.fastest({1: [1.06], 2: [1.0], 4: [0.99]}) == 2
+    assert device.fastest({3: []}) == 3
     cost = {1: 0.004, 2: 0.001, 4: 0.02}
     best = device.choose_threads(lambda: time.sleep(cost[torch.get_num_threads()]), [4, 2, 1], budget=0.2)
     assert best == 2 == torch.get_num_threads()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multihead.transformer import noise
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.trunk import Trunk
@@ -122,7 +123,8 @@ def gbce(x_ND: Tensor, table_ID: Tensor, target_N: Tensor, negatives: int, calib
     """Binary cross-entropy whose positive term is weighed by β (Petrov & Macdonald 2023, eq. 14), a sum over targets;
     all places of a batch share the drawn items, which makes the scores one matrix product."""
     items = len(table_ID)
-    drawn_K = torch.randperm(items, device=x_ND.device)[: min(negatives, items - 1)]
+    own = noise.generator(x_ND.device)
+    drawn_K = torch.randperm(items, device=x_ND.device, generator=own)[: min(negatives, items - 1)]
     alpha = len(drawn_K) / (items - 1)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     right_N = (x_ND * table_ID[target_N]).sum(-1).float()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from multihead.codec.sides import Side
 from multihead.tasks.recommendation._fields import FieldTable
+from multihead.transformer import noise
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.trunk import Trunk
@@ -93,7 +94,9 @@ class Description(nn.Module):
         """(N,) which ids are read as unknown: a share in training, and always those that training never met."""
         hidden_N = number_N >= self.met
         if self.training and self.hidden:
-            hidden_N = hidden_N | (torch.rand(number_N.shape, device=number_N.device) < self.hidden)
+            where = number_N.device
+            drawn_N = torch.rand(number_N.shape, device=where, generator=noise.generator(where))
+            hidden_N = hidden_N | (drawn_N < self.hidden)
         return hidden_N
 
     def plain(self, number_N: Tensor, hidden_N: Tensor) -> Tensor:

@@ -267,6 +267,10 @@ class TwoTowerRetrieval(Retriever):
 
     # -- train --------------------------------------------------------------------------------------------------------
 
+    @property
+    def rows_apart(self) -> bool:
+        return self.options.negatives == "catalogue"
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Of training slices ``items``; of rows ``recent``, the last items, beside everything in ``history``."""
         if "items" in examples[0]:

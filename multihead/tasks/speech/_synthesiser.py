@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multihead.tasks.speech._alignment import spread
 from multihead.transformer.config import TransformerConfig
+from multihead.transformer.dropout import dropout
 from multihead.transformer.inputs import TokenInput
 from multihead.transformer.times import TimeInput
 from multihead.transformer.trunk import Trunk
@@ -48,7 +49,7 @@ class Durations(nn.Module):
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         for convolution, norm in zip((self.first, self.second), self.norms, strict=True):
             x_BSD = convolution((x_BSD * real_BS[..., None]).mT).mT
-            x_BSD = F.dropout(norm(F.relu(x_BSD)), self.dropout, self.training)
+            x_BSD = dropout(norm(F.relu(x_BSD)), self.dropout, self.training)
         return self.out(x_BSD)[..., 0].float()
 
 
