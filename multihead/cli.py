@@ -166,9 +166,13 @@ def predict(
     ask: Annotated[list[str] | None, _option(
         "--ask", "what to ask for, such as temperature=0.7", "询问的选项，例如 temperature=0.7", "KEY=VALUE")] = None,
     device: Device = "auto",
+    precision: Annotated[str, _option(
+        "--precision", "float32; bf16; of models that write texts, on a CPU, also half and int8",
+        "float32；bf16；写文本的模型在 CPU 上还可用 half 和 int8")] = "float32",
 ) -> None:
     from multihead.build import open_run
     from multihead.data.written import written
+    from multihead.predict import predict as answers
     from multihead.predict import predict_file, predict_pictures
 
     if bool(inputs) == (file is not None):
@@ -182,14 +186,14 @@ def predict(
         raise UserError(tr("--out goes with --file; answers to texts are printed",
                            "--out 要与 --file 一起用；文本的回答直接打印"))
     if file is not None and out is not None:
-        count = predict_file(opened, file, out, wishes)
+        count = predict_file(opened, file, out, wishes, precision=precision)
         _console().print(tr(f"{count} answers in {out}", f"{out} 中有 {count} 个回答"), markup=False)
         return
     if any(column.kind in ("image", "video", "audio") for column in opened.task.inputs()):
-        for where, answer in predict_pictures(opened, inputs or [], wishes):
+        for where, answer in predict_pictures(opened, inputs or [], wishes, precision=precision):
             print(json.dumps({"file": where, **answer}, ensure_ascii=False))
         return
-    for number, answer in enumerate(opened.predict(inputs or [], **wishes), 1):
+    for number, answer in enumerate(answers(opened, inputs or [], wishes, precision), 1):
         shown = answer if out is None else written(answer, out, str(number))
         print(json.dumps(shown, ensure_ascii=False))
 
@@ -204,10 +208,13 @@ def serve(
         "--api-key", "a key callers must show (better: MULTIHEAD_API_KEYS)",
         "调用者须出示的密钥（更好：MULTIHEAD_API_KEYS）")] = None,
     device: Device = "auto",
+    precision: Annotated[str | None, _option(
+        "--precision", "of models that write texts, on a CPU: auto, float32, half, int8",
+        "写文本的模型在 CPU 上的精度：auto、float32、half、int8")] = None,
 ) -> None:
     from multihead.serving import serve_runs
 
-    serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device)
+    serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device, precision=precision)
 
 
 @app.command(help=tr("write a run as a folder that transformers loads",

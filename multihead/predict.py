@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from multihead.data.columns import MEDIA, Column, convert
 from multihead.data.encoding import read_lines
@@ -22,6 +23,8 @@ from multihead.data.formats import texts
 from multihead.data.rows import Row, Rows, open_rows
 from multihead.errors import Problem, UserError, nearest, tr
 from multihead.evaluate import answers, plain, ticking
+from multihead.generation.fast import prepared
+from multihead.generation.loop import Emitter
 from multihead.run import replacing
 from multihead.task import Answer, Example, Task
 
@@ -38,6 +41,8 @@ def predict(
         run: a `multihead.build.Run`.
         rows: texts, or dicts of columns; a single text or dict stands for one row.
         ask: what the task is asked for beyond its defaults (for text generation: max_tokens, temperature, …).
+        precision: "float32", "bf16" or "auto"; of a model that writes tokens, on a CPU, also "half" and "int8" (see
+            `multihead.generation.fast.prepared`).
 
     Raises:
         UserError: naming the row (``rows[3]``, or its file and line) and what is wrong with it.
@@ -45,6 +50,7 @@ def predict(
     if isinstance(rows, (str, Mapping)):
         rows = [rows]
     size = run.recipe.evaluate.batch_size
+    model, precision = _model(run, precision)
     numbered = enumerate(rows)
     while chunk := list(islice(numbered, CHUNK * size)):
         examples, problems = [], []
@@ -55,16 +61,30 @@ def predict(
                 problems += error.problems
         if problems:
             raise UserError.many(problems)
-        yield from _answer(run, examples, dict(ask or {}), size, precision)
+        yield from _answer(run, model, examples, dict(ask or {}), size, precision)
 
 
-def _answer(run: Any, examples: list[Example], ask: dict[str, Any], size: int, precision: str) -> list[Answer]:
+def _model(run: Any, precision: str) -> tuple[nn.Module, str]:
+    """The model that answers, and in what its products are rounded beyond its own weights."""
+    if precision not in ("half", "int8"):
+        return run.model, precision
+    if not isinstance(run.model, Emitter):
+        raise UserError(tr(
+            f"precision {precision} is for models that write tokens; {run.recipe.task} takes float32, bf16 and auto",
+            f"{precision} 精度只用于逐词元写出文本的模型；{run.recipe.task} 可用 float32、bf16 和 auto",
+        ))
+    return prepared(run.model, precision), "float32"
+
+
+def _answer(
+    run: Any, model: nn.Module, examples: list[Example], ask: dict[str, Any], size: int, precision: str
+) -> list[Answer]:
     # Rows may differ in what they hold beyond the input (some with a label, some without): a batch is what they share.
     keys = set(examples[0]).intersection(*examples[1:])
     shared = [{key: value for key, value in example.items() if key in keys} for example in examples]
     lengths = np.array([max((len(a) for a in example.values() if a.ndim), default=0) for example in shared])
     with torch.inference_mode():
-        return answers(run.task, run.model, shared, size, ask, run.device, precision, lengths=lengths)
+        return answers(run.task, model, shared, size, ask, run.device, precision, lengths=lengths)
 
 
 def encode(task: Task, body: Any, where: str = "") -> Example:
@@ -164,7 +184,11 @@ def predict_file(
 
 
 def predict_pictures(
-    run: Any, inputs: Sequence[str], ask: Mapping[str, Any] | None = None, progress: bool = True
+    run: Any,
+    inputs: Sequence[str],
+    ask: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    precision: str = "float32",
 ) -> Iterator[tuple[str, Answer]]:
     """(place, answer) of every picture, clip or recording that `inputs` name: files, folders and globs, also archives
     and tables of them.
@@ -175,7 +199,7 @@ def predict_pictures(
     columns = [column for column in run.task.inputs() if column.required]
     rows = FileRows(Path(inputs[0]), open_rows(list(inputs), columns, base=Path.cwd()), columns[0].name)
     _check(run.task, rows, progress)
-    for row, answer in zip(rows, predict(run, rows, ask), strict=True):
+    for row, answer in zip(rows, predict(run, rows, ask, precision), strict=True):
         yield row.where, answer
 
 

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from multihead.build import Run, open_run
 from multihead.errors import UserError, tr
 from multihead.generation.fast import prepared
+from multihead.generation.loop import Emitter
 
 
 def serve_runs(
@@ -17,8 +20,12 @@ def serve_runs(
     port: int | None = None,
     api_keys: Sequence[str] = (),
     device: str = "auto",
+    precision: str | None = None,
 ) -> None:
     """Serve the runs at `paths` until SIGTERM or SIGINT. The first run's ``serve:`` section holds for all.
+
+    Args:
+        precision: of models that write texts, in place of each recipe's ``serve.precision``; see `prepared`.
 
     Raises:
         UserError: a run that is not there or not trained, two of one name, or the extra [serve] is not installed.
@@ -42,10 +49,17 @@ def serve_runs(
     }
     settings = settings.model_copy(update=changes)
     served = [
-        Served(name, r.task, prepared(r.model) if r.task.emits else r.model, r.recipe.serve, examples(r))
+        Served(name, r.task, quickened(r, precision or r.recipe.serve.precision), r.recipe.serve, examples(r))
         for name, r in zip(names, runs, strict=True)
     ]
     run(create_app(served, settings), settings.host, settings.port)
+
+
+def quickened(run: Run, precision: str) -> nn.Module:
+    """The run's model as it is served: one that writes tokens is packed for a CPU."""
+    if isinstance(run.model, Emitter) and (run.task.emits or precision != "auto"):
+        return prepared(run.model, precision)
+    return run.model
 
 
 def examples(run: Run, most: int = 3) -> list[dict[str, Any]]:

@@ -44,6 +44,11 @@ def test_a_value_takes_the_form_it_had_in_training(run: Any) -> None:
     assert echoes(run, [{"text": ["line", "line"]}, {"text": 12}]) == ["line\nline", "12"]
 
 
+def test_precisions_of_writers_are_refused_elsewhere(run: Any) -> None:
+    with pytest.raises(UserError, match="write tokens"):
+        list(predict(run, "good", precision="int8"))
+
+
 def test_targets_do_not_reach_the_model(run: Any) -> None:
     """A label never seen in training is no hindrance, and rows with and without one share a batch."""
     assert echoes(run, [{"text": "a", "label": "purple"}, {"text": "b"}]) == ["a", "b"]

@@ -1,8 +1,8 @@
 """A copy of a model made for decoding on a CPU: the same numbers with packed weights and few calls a token.
 
 A token's cost is reading the weights once and calling some hundred kernels. So the weights are packed for the fastest
-kernel, in 16 bits where that is allowed (`packing.py`); rotary positions are one complex product; one query looks at
-its past by two batched matrix products, since torch's fused attention is made for many queries. `PackedTrunk` is the
+kernel, in 16 or 8 bits where that is allowed (`packing.py`); rotary positions are one complex product; one query looks
+at its past by two batched matrix products, since torch's fused attention is made for many queries. `PackedTrunk` is the
 fast twin of `Trunk`; activations and caches stay float32.
 
 Legend: B rows, T new positions, N = B·T of these, S positions looked at, C positions that there is room for, L layers,
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multihead.errors import UserError, tr
+from multihead.generation.int8 import Int8Map
 from multihead.generation.packing import Change, Map, Packing
 from multihead.runtime.device import fast_bf16
 from multihead.transformer.cache import Cache, Step
@@ -29,6 +30,7 @@ from multihead.transformer.trunk import Attention, Block, Trunk, attention_mask
 
 Model = TypeVar("Model", bound=nn.Module)
 FEW_QUERIES = 8
+PRECISIONS = ("auto", "float32", "half", "int8")
 
 
 def prepared(model: Model, precision: str = "auto", rows: int | None = None) -> Model:
@@ -39,21 +41,24 @@ def prepared(model: Model, precision: str = "auto", rows: int | None = None) -> 
 
     Args:
         precision: "float32"; "half": weights in float16 where few rows are multiplied, else weights and the products'
-            inputs in bfloat16; "auto": half on CPUs that multiply bfloat16 fast, else float32.
+            inputs in bfloat16; "int8": weights in 8 bits with a scale for 32 of them, a quarter of float32's memory
+            (needs llvmlite, and is fast on CPUs with AVX-512 VNNI); "auto": half on CPUs that multiply bfloat16 fast,
+            else float32.
         rows: how many rows will be decoded at once, where it is known: only the kernel that this wants is kept, at half
             the memory. With None the copy holds both, which is 8 (half: 4) bytes a weight.
     """
     device = next(model.parameters()).device
     if device.type != "cpu" or any(isinstance(module, PackedTrunk) for module in model.modules()):
         return model
-    if precision not in ("auto", "half", "float32"):
+    if precision not in PRECISIONS:
         raise UserError(tr(
-            f"precision is {precision!r}; it must be auto, half or float32",
-            f"precision 是 {precision!r}，应为 auto、half 或 float32",
+            f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}",
+            f"precision 是 {precision!r}，应为 {'、'.join(PRECISIONS)} 之一",
         ))
-    half = precision == "half" or (precision == "auto" and fast_bf16(device))
+    if precision == "auto":
+        precision = "half" if fast_bf16(device) else "float32"
     with torch.no_grad():
-        return cast(Model, _twin(model, Packing(half, rows)))
+        return cast(Model, _twin(model, Packing(precision, rows)))
 
 
 def _twin(module: nn.Module, packing: Packing) -> nn.Module:
@@ -95,12 +100,12 @@ class Look:
     """One attention."""
 
     norm: Change
-    inward: Map
+    inward: Map | Int8Map
     """To queries, keys and values; in cross-attention to queries only."""
-    outward: Map
+    outward: Map | Int8Map
     q_norm: Change | None
     k_norm: Change | None
-    memory: Map | None
+    memory: Map | Int8Map | None
     """Cross-attention: to the memory's keys and values."""
 
 
@@ -111,8 +116,8 @@ class Layer:
     attention: Look
     cross: Look | None
     norm: Change
-    up: Map
-    down: Map
+    up: Map | Int8Map
+    down: Map | Int8Map
 
 
 class PackedTrunk(nn.Module):
@@ -135,8 +140,7 @@ class PackedTrunk(nn.Module):
         return Layer(
             self._look(block.attention, block.attention_norm),
             None if block.cross is None or block.cross_norm is None else self._look(block.cross, block.cross_norm),
-            norm_of(block.feed_forward_norm, scaled=not self.before),
-            self.packing(self._folded(up.weight, block.feed_forward_norm), up.bias),
+            *self._normed(block.feed_forward_norm, up.weight, up.bias),
             self.packing(down.weight, down.bias),
         )
 
@@ -146,17 +150,21 @@ class PackedTrunk(nn.Module):
         heads = attention.heads + attention.kv_heads if self.config.positions == "rotary" and not cross else 0
         weight, bias = in_pairs(inward, heads, attention.head_size)
         return Look(
-            norm_of(norm, scaled=not self.before),
-            self.packing(self._folded(weight, norm), bias),
+            *self._normed(norm, weight, bias),
             self.packing(attention.out.weight, attention.out.bias),
             None if attention.q_norm is None else norm_of(attention.q_norm, paired=heads > 0),
             None if attention.k_norm is None else norm_of(attention.k_norm, paired=heads > 0),
             self.packing(attention.kv.weight, attention.kv.bias) if cross else None,
         )
 
-    def _folded(self, weight: Tensor, norm: nn.Module) -> Tensor:
-        """The weight behind an RMSNorm takes over that norm's scale, which saves a call."""
-        return weight * scale_of(norm) if self.before and isinstance(norm, nn.RMSNorm) else weight
+    def _normed(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Change, Map | Int8Map]:
+        """A norm, and the map that it stands in front of (or behind the residual of). An RMSNorm in front costs less as
+        a part of the map: all of it with 8 bits, else its scale, which the weight takes over."""
+        if not self.before or not isinstance(norm, nn.RMSNorm):
+            return norm_of(norm), self.packing(weight, bias)
+        if self.packing.precision == "int8":
+            return _same, Int8Map(weight, bias, (norm.weight, norm.eps or 0.0))
+        return norm_of(norm, scaled=False), self.packing(weight * scale_of(norm), bias)
 
     def forward(
         self,
@@ -187,7 +195,7 @@ class PackedTrunk(nn.Module):
             look = layer.attention
             qkv_NX = look.inward(look.norm(x_ND) if self.before else x_ND)
             qkv_BTXE = self._heads(qkv_NX, look, B, T, turns_BTXE)
-            x_ND = x_ND + look.outward(past.attend(i, qkv_BTXE, config.num_heads, config.kv_heads))
+            x_ND = look.outward(past.attend(i, qkv_BTXE, config.num_heads, config.kv_heads), x_ND)
             x_ND = x_ND if self.before else look.norm(x_ND)
             if layer.cross is not None:
                 kv = self._memory(i, layer.cross, memory, cache)
@@ -238,7 +246,7 @@ class PackedTrunk(nn.Module):
         q_BTHE = q_BTHE if look.q_norm is None else look.q_norm(q_BTHE)
         few = q_BTHE.shape[1] <= FEW_QUERIES and kv[0].shape[1] == q_BTHE.shape[2]
         y_NX = plain(q_BTHE, *kv, memory_bias) if few else fused(q_BTHE, *kv, memory_bias, causal=False)
-        x_ND = x_ND + look.outward(y_NX)
+        x_ND = look.outward(y_NX, x_ND)
         return x_ND if self.before else look.norm(x_ND)
 
     def _feed_forward(self, x_ND: Tensor, layer: Layer) -> Tensor:
@@ -251,8 +259,12 @@ class PackedTrunk(nn.Module):
             h_NF = F.gelu(h_NF, approximate="tanh" if kind == "gelu_tanh" else "none")
         else:
             h_NF = F.relu(h_NF).square_() if kind == "relu2" else F.relu(h_NF)
-        x_ND = x_ND + layer.down(h_NF)
+        x_ND = layer.down(h_NF, x_ND)
         return x_ND if self.before else layer.norm(x_ND)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def in_pairs(module: nn.Linear, heads: int, head_size: int) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,8 @@
 """Linear maps with their weights in the order in which the fastest kernel of a CPU reads them.
 
 For one or a few rows a product's cost is reading the weights; for many it is multiplying. So a map holds a kernel for
-each, of the three that torch brings along: oneDNN's, FBGEMM's and the BLAS's own.
+each, of the three that torch brings along: oneDNN's, FBGEMM's and the BLAS's own. Of the kernels that torch has for
+weights of 8 bits none reads them as fast as FBGEMM reads float16, so those have one of their own (`int8.py`).
 
 Legend: N rows.
 """
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multihead.generation.int8 import Int8Map
+
 Change = Callable[[Tensor], Tensor]
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")
@@ -25,32 +28,38 @@ SHARED = 1 << 20  # the same for float16
 
 
 class Map:
-    """A linear map ready for use: x (N, in) → x Aᵀ + b (N, out), by one kernel for few rows and one for many."""
+    """A linear map ready for use: x (N, in) → x Aᵀ + b (N, out), by one kernel for few rows and one for many; and a
+    residual (N, out) added to it, where one is given."""
 
     __slots__ = ("few", "limit", "many")
 
     def __init__(self, few: Change, many: Change, limit: int) -> None:
         self.few, self.many, self.limit = few, many, limit
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.few(x) if x.shape[0] <= self.limit else self.many(x)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.few(x) if x.shape[0] <= self.limit else self.many(x)
+        return y if residual is None else residual + y
 
 
 @dataclass(frozen=True)
 class Packing:
     """How weights are packed; see ``prepared``."""
 
-    half: bool
+    precision: str
+    """float32, half or int8"""
     rows: int | None
 
-    def __call__(self, weight: Tensor, bias: Tensor | None) -> Map:
+    def __call__(self, weight: Tensor, bias: Tensor | None) -> Map | Int8Map:
         weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
-        limit = FEW if self.half else 1
+        if self.precision == "int8":
+            return Int8Map(weight, bias)
+        half = self.precision == "half"
+        limit = FEW if half else 1
         few = many = None
         if self.rows is None or self.rows <= limit:
-            few = in_float16(weight, bias) if self.half else in_columns(weight, bias)
+            few = in_float16(weight, bias) if half else in_columns(weight, bias)
         if few is None or self.rows is None or self.rows > limit:
-            many = in_blocks(weight, bias, torch.bfloat16 if self.half else torch.float32)
+            many = in_blocks(weight, bias, torch.bfloat16 if half else torch.float32)
         return Map(few or many or self.none, many or few or self.none, limit)
 
     def none(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -50,6 +51,9 @@ class ServeSettings(BaseModel):
     """Streams of sound (WebSocket) that may be open, per model; beyond it 503."""
     rate_limit: str | None = None
     """Requests a caller (by key, else by address) may send: ``60/minute``; beyond it 429 with Retry-After."""
+    precision: Literal["auto", "float32", "half", "int8"] = "auto"
+    """In what numbers a model that writes texts is held on a CPU; auto: 16 bits where they are fast, else float32; int8
+    needs the extra [int8]."""
     drain_seconds: float = Field(default=20, ge=0)
     """Time that requests under way get to end after SIGTERM."""
 
