@@ -1,6 +1,6 @@
 """All benchmarks, or those named: one table, one JSON file.
 
-    python benchmarks/run.py [NAME …] [--smoke] [--budget MINUTES] [--json FILE] [--docs] [--list]
+    python benchmarks/run.py [NAME …] [--smoke] [--budget MINUTES] [--json FILE] [--keep] [--docs] [--list]
 
 Each benchmark is a script of this folder and a process of its own, one after the other; peers are measured by turns
 with ours inside each (A B A B), so that a machine that grows slower does so for both. A name may carry options after a
@@ -8,7 +8,9 @@ colon: ``image_classification:--part=cifar10``. Without names, all of them run i
 
 --smoke runs `SMOKE` with the smallest budget there is, in under three minutes altogether, and asserts no times: only
 that each ran to its end. What needs data or packages that are not there says so and counts as left out.
---docs writes the table into docs/benchmarks.md and docs/benchmarks.zh.md, between their two marks.
+--keep lays the figures of each benchmark in benchmarks/figures, instead of what was there of it: all of them take a
+day, so they are kept as they come. --docs writes the table of what is kept there into docs/benchmarks.md and
+docs/benchmarks.zh.md, between their two marks; with --docs alone nothing is run.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from typing import Any
 from _common import machine
 
 HERE = Path(__file__).resolve().parent
-DOCS = {"benchmarks.md": ("benchmark", "what", "peer", "ours", "unit", "aim", "holds", "yes", "no"),
-        "benchmarks.zh.md": ("基准", "内容", "对照", "本项目", "单位", "目标", "达到", "是", "否")}  # fmt: skip
+FIGURES = HERE / "figures"
+DOCS = {"benchmarks.md": ("benchmark", "what", "peer", "ours", "unit", "aim", "holds", "measured", "yes", "no"),
+        "benchmarks.zh.md": ("基准", "内容", "对照", "本项目", "单位", "目标", "达到", "测量", "是", "否")}  # fmt: skip
 MARKS = "<!-- table -->", "<!-- /table -->"
 PARTS = {"image_classification": ("throughput", "fashion-mnist", "cifar10"),
          "speech_recognition": ("syllables", "aishell"),
@@ -72,7 +75,7 @@ def table(results: list[dict[str, Any]], words: tuple[str, ...]) -> str:
     for result in results:
         for aim in result.get("aims", []):
             cells = (f"`{result['name']}`", aim["name"], _text(aim["peer"]), _text(aim["ours"]), aim["unit"],
-                     aim["aim"], yes if aim["holds"] else no)  # fmt: skip
+                     aim["aim"], yes if aim["holds"] else no, _how(result))  # fmt: skip
             lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -81,9 +84,29 @@ def _text(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
+def _how(result: dict[str, Any]) -> str:
+    """The day, and the time a side had; CPU where it is processor time on one core."""
+    kind = " CPU" if result.get("processor_time") else ""
+    return f"{result['machine']['date']}, {result['minutes']:g} min{kind}"
+
+
+def keep(result: dict[str, Any]) -> None:
+    """What the table needs of a benchmark's figures, into `FIGURES`."""
+    FIGURES.mkdir(exist_ok=True)
+    kept = {key: result[key] for key in ("name", "machine", "minutes", "processor_time", "aims") if key in result}
+    path = FIGURES / f"{result['name'].replace(':--part=', '-').replace('--', '').replace(' ', '-')}.json"
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def kept() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text("utf-8")) for path in sorted(FIGURES.glob("*.json"))]
+
+
 def write_docs(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Put the table between the marks of both documents; the machine above it."""
-    where = ", ".join(f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in machine().items())
+    """Put the table between the marks of both documents; the machines above it."""
+    said = [", ".join(f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in one["machine"].items()
+                      if k != "date") for one in results]  # fmt: skip
+    where = "\n".join(f"- {text}" for text in dict.fromkeys(said))
     for name, words in DOCS.items():
         path = folder / name
         text = path.read_text("utf-8")
@@ -98,9 +121,13 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="the short form: under three minutes, no times asserted")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="time budget of each; default: its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md and .zh.md")
+    parser.add_argument("--keep", action="store_true", help="lay the figures in benchmarks/figures")
+    parser.add_argument("--docs", action="store_true", help="write what is kept into docs/benchmarks.md and .zh.md")
     parser.add_argument("--list", action="store_true", help="only say which there are")
     args = parser.parse_args()
+    if args.docs and not (args.names or args.smoke or args.keep):
+        write_docs(HERE.parent / "docs", kept())
+        return 0
     wanted = args.names or (list(SMOKE) if args.smoke else names())
     known = {name.partition(":")[0] for name in names()}
     if unknown := [name for name in wanted if name.partition(":")[0] not in known]:
@@ -120,6 +147,8 @@ def main() -> int:
         done = results[-1]
         state = "broke" if done["broke"] else "ran" if "aims" in done else (
             "cut off" if done["code"] == 124 else "left out")  # fmt: skip
+        if args.keep and "aims" in done:
+            keep(done)
         held = f", {sum(a['holds'] for a in done['aims'])} of {len(done['aims'])} aims hold" if "aims" in done else ""
         print(f"{name}: {state} in {done['seconds']:.0f} s{held}", flush=True)
         for line in done["said"]:
@@ -127,7 +156,7 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "benchmarks": results}, indent=1, ensure_ascii=False))
     if args.docs:
-        write_docs(HERE.parent / "docs", results)
+        write_docs(HERE.parent / "docs", kept())
     print("\n" + table(results, DOCS["benchmarks.md"]))
     broken = [result["name"] for result in results if result["broke"]]
     if args.smoke or broken:
