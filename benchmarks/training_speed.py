@@ -109,7 +109,7 @@ BLOCKS = {
 def data(shape: Shape, folder: Path) -> Sequence[str]:
     """Writes texts of characters drawn at random, every one of the vocabulary, and returns what a recipe needs."""
     draw = random.Random(0)
-    special = 5 if shape.kind == ENCODER else 4
+    special = {DECODER: 5, ENCODER: 5, BOTH: 4}[shape.kind]  # of a decoder the end of a line is one, too
     letters = [chr((0x4E00 if i < 20000 else 0xAC00 - 20000) + i) for i in range(shape.vocab - special)]
     shortened = {DECODER: 0, ENCODER: 0, BOTH: 1}[shape.kind]  # <eos>
     size = shape.length - shortened
@@ -122,9 +122,9 @@ def data(shape: Shape, folder: Path) -> Sequence[str]:
     else:
         place = folder / "texts.txt"
         place.write_text("\n".join(texts) + "\n", "utf-8")
-    room = {DECODER: "context", ENCODER: "context", BOTH: "max_tokens"}[shape.kind]
+    room = f"options.max_tokens={shape.length + 1}" if shape.kind == BOTH else f"options.context={shape.length}"
     return [f"data.train={place}", "data.valid=null", *([] if shape.kind == DECODER else ["data.test=null"]),
-            "data.split={valid: 0, test: 0}", "options.tokenizer=char", f"options.{room}={shape.length + 1}",
+            "data.split={valid: 0, test: 0}", "options.tokenizer=char", room,
             *(["options.bundle=null"] if shape.kind == ENCODER else []),
             *([] if shape.kind == DECODER else [f"options.vocab_size={shape.vocab}"]),
             f"model.d_model={shape.d_model}", f"model.num_layers={shape.layers}", f"model.num_heads={shape.heads}",

@@ -46,8 +46,8 @@ class VocabularyLoss(torch.autograd.Function):
             target_C1 = target_N[at, None]
             known_C1 = share_CV.gather(1, target_C1).to(total_N.dtype).clamp(min=1e-30).log()
             total_N[at] = (logits_CV.gather(1, target_C1).to(total_N.dtype) - known_C1)[:, 0]
-            grad_x_ND[at] += share_CV @ weight
-            grad_weight_VD += share_CV.T @ x[at]
+            _add_product(grad_x_ND[at], share_CV, weight)
+            _add_product(grad_weight_VD, share_CV.T, x[at])
         if needed:
             grad_weight_VD.index_add_(0, target_N, wide_ND, alpha=-sure)
             grad_weight_VD -= wide_ND.sum(0) * (smoothing / V)
@@ -58,6 +58,14 @@ class VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, *scales: Any) -> Any:
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
         return grad_x_ND * scales[0], grad_weight_VD * scales[0], None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in one pass where their types are one."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def vocabulary_loss(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:

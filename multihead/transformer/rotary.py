@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, "RoFormer", section 3.2.2): queries and keys turned by angles that grow with position.
+"""Rotary positions (Su et al. 2021, "RoFormer", section 3.2.2): queries and keys turned by angles that grow.
 
 Legend: B batch, T positions, E head width, X heads of queries, keys and values laid end to end.
 """

@@ -30,6 +30,7 @@ from multihead.transformer.cache import Cache
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.heads import TokenHead
 from multihead.transformer.inputs import TokenInput
+from multihead.transformer.losses import vocabulary_loss
 from multihead.transformer.trunk import Trunk
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
@@ -46,7 +47,11 @@ class LanguageModel(Emitter):
         self.head = TokenHead(config.d_model, vocab_size, self.input.token if tied else None)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        return self.head(self.trunk(self.input(ids_BT)))
+        return self.head(self.states(ids_BT))
+
+    def states(self, ids_BT: Tensor) -> Tensor:
+        """What `forward` makes logits of: (B, T, D)."""
+        return self.trunk(self.input(ids_BT))
 
     def start(self, batch: Batch) -> tuple[Cache, Tensor]:
         """Read prompts ``ids`` (B, T), right-padded, of ``lengths`` (B,): the state and the next logits (B, V)."""
@@ -162,18 +167,15 @@ class TextGeneration(Task):
         return LanguageModel(config, self.codec.vocab_size, self.options.tied)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        ids_BT = batch["ids"].long()
-        logits_BTV = model(ids_BT[:, :-1])
-        target_BT = ids_BT[:, 1:]
-        lengths_B = batch["ids_lengths"]
+        assert isinstance(model, LanguageModel)
+        ids_BT, lengths_B = batch["ids"].long(), batch["ids_lengths"]
+        x_BTD, target_BT = model.states(ids_BT[:, :-1]), ids_BT[:, 1:]
         if int(lengths_B.min()) == ids_BT.shape[1]:
-            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="sum")
-            return Loss(total, target_BT.numel())
-        real_BT = torch.arange(target_BT.shape[1], device=ids_BT.device) < lengths_B[:, None] - 1
-        target_BT = target_BT.masked_fill(~real_BT, -100)
-        logits_NV, target_N = logits_BTV.flatten(0, 1).float(), target_BT.flatten()
-        total = F.cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=-100)
-        return Loss(total, int(real_BT.sum()))
+            x_ND, target_N = x_BTD.flatten(0, 1), target_BT.flatten()
+        else:
+            real_BT = torch.arange(target_BT.shape[1], device=ids_BT.device) < lengths_B[:, None] - 1
+            x_ND, target_N = x_BTD[real_BT], target_BT[real_BT]
+        return Loss(vocabulary_loss(x_ND, model.head.linear.weight, target_N), len(target_N))
 
     def predict(self, model: nn.Module, batch: Batch, ask: dict[str, Any]) -> list[Answer]:
         """With ``ask["evaluate"]``: how well each window is foretold. Else: each prompt gone on with.
