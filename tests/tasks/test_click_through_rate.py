@@ -16,9 +16,10 @@ from multihead.codec.fields import MISSING, UNSEEN, FieldCodec, Sizes
 from multihead.data.store import Store
 from multihead.errors import UserError
 from multihead.run import RunFolder
-from multihead.tasks.recommendation._fields import FieldTable, Pairs
+from multihead.tasks.recommendation._fields import ClickModel, FieldTable, Pairs
 from multihead.tasks.recommendation._importance import importance
 from multihead.train import train
+from multihead.transformer.config import TransformerConfig
 
 TINY = {"d_model": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
 USERS = "1::F::25\n2::M::40\n3::F::31\n4::M::18\n"
@@ -123,6 +124,33 @@ def test_pairs_with_equal_weights_are_a_factorization_machine() -> None:
 
 
 # -- tables and labels -------------------------------------------------------------------------------------------------
+
+
+def test_each_member_is_the_model_of_its_own_vectors_and_they_are_averaged() -> None:
+    rows = [{"user": u, "item": i, "price": p, "tags": t} for u, i, p, t in
+            (("a", "x", 1.0, "p|q"), ("b", "y", 2.0, "q"), ("a", "y", 4.0, "p|r"), ("c", "x", 8.0, "r"))]  # fmt: skip
+    codec = FieldCodec.fit(rows, ("user", "item", "price", "tags"), {}, Sizes(min_count=1))
+    encoded = [codec.encode(row)[0] for row in rows]
+    several = [torch.from_numpy(one["several"]).long() for one in encoded]
+    batch = (torch.tensor(np.array([one["one"] for one in encoded])).long(),
+             torch.nn.utils.rnn.pad_sequence(several, batch_first=True), torch.tensor([len(s) for s in several]),
+             torch.tensor(np.array([one["quantity"] for one in encoded])))  # fmt: skip
+    config = TransformerConfig(**TINY, positions="none")
+    torch.manual_seed(0)
+    model = ClickModel(codec, config, 4, 0.5, members=3).eval()
+    bias_V, vector_V = torch.rand(codec.size), torch.rand(codec.size)
+    told, pulled = [], []
+    for m in range(3):
+        own = {name: value.chunk(3, dim=0 if name.startswith("head.") else -1)[m]
+               if name.startswith(("input.", "cross.table.", "head.")) else value
+               for name, value in model.state_dict().items()}  # fmt: skip
+        single = ClickModel(codec, config, 4, 0.5).eval()
+        single.load_state_dict(own)
+        told.append(single(*batch))
+        pulled.append(single.penalty(batch, bias_V, vector_V))
+    torch.testing.assert_close(model.each(*batch), torch.stack(told))
+    torch.testing.assert_close(model(*batch), torch.stack(told).mean(0))
+    torch.testing.assert_close(model.penalty(batch, bias_V, vector_V), torch.stack(pulled).mean())
 
 
 def test_tables_are_joined_in_training_and_in_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ Every field is a token that the trunk reads beside a token of its own for the an
 2021, "Revisiting Deep Learning Models for Tabular Data", section 3.3; AutoInt, Song et al. 2019, applies attention to
 the fields of click logs in the same way). What attention finds hard is written out: a bias for each value (Cheng et al.
 2016, "Wide & Deep Learning") and the products of any two fields' vectors, each pair of fields with a weight of its own
-(field-weighted factorization machines, Pan et al. 2018).
+(field-weighted factorization machines, Pan et al. 2018). Several members of the model, whose vectors of values differ
+and whose trunk is one, may be trained side by side and averaged (after TabM, Gorishniy et al. 2024, section 3): where
+rows are few, the mean of some is better than any of them.
 
 Legend: B rows, C fields of one category, K of several, M quantities, F = C + K + M fields, N categories of the fields
-of several, Q quantile bins, V categories of all fields, D width, R width of the crosses.
+of several, Q quantile bins, V categories of all fields, D width, R width of the crosses, P members.
 """
 
 from __future__ import annotations
@@ -88,35 +90,42 @@ class FieldTable(nn.Module):
         return total
 
 
-class FieldInput(nn.Module):
-    """The tokens that the trunk reads, (B, 1 + F, D): the answer's, then each field's, plus a vector of its place."""
+def parted(x: Tensor, members: int) -> Tensor:
+    """Each member's share of the vectors: (B, F, P · D) → (P · B, F, D), the first member's rows first."""
+    return x.unflatten(-1, (members, -1)).permute(2, 0, 1, 3).flatten(0, 1)
 
-    def __init__(self, codec: FieldCodec, config: TransformerConfig) -> None:
+
+class FieldInput(nn.Module):
+    """The tokens that the trunk reads, (P · B, 1 + F, D): the answer's, then each field's, plus a vector of its
+    place."""
+
+    def __init__(self, codec: FieldCodec, config: TransformerConfig, members: int = 1) -> None:
         super().__init__()
-        self.table = FieldTable(codec, config.d_model, SMALL)
-        self.field = nn.Parameter(torch.randn(1 + len(codec.used), config.d_model) * config.d_model**-0.5)
+        width, self.members = members * config.d_model, members
+        self.table = FieldTable(codec, width, SMALL)
+        self.field = nn.Parameter(torch.randn(1 + len(codec.used), width) * config.d_model**-0.5)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, *batch: Tensor) -> Tensor:
-        x_BFD = self.dropout(self.table(*batch))
-        return nn.functional.pad(x_BFD, (0, 0, 1, 0)) + self.field
+        x = self.dropout(self.table(*batch))
+        return parted(nn.functional.pad(x, (0, 0, 1, 0)) + self.field, self.members)
 
 
 class Pairs(nn.Module):
-    """Σ over pairs of fields of their weight times the product of their vectors: (B,)."""
+    """Σ over pairs of fields of their weight times the product of their vectors: (P · B,)."""
 
     above: Tensor
 
-    def __init__(self, codec: FieldCodec, width: int) -> None:
+    def __init__(self, codec: FieldCodec, width: int, members: int = 1) -> None:
         super().__init__()
-        fields = len(codec.used)
-        self.table = FieldTable(codec, width, 0.1 * width**-0.5)
+        fields, self.members = len(codec.used), members
+        self.table = FieldTable(codec, members * width, 0.1 * width**-0.5)
         self.weight = nn.Parameter(torch.ones(fields * (fields - 1) // 2))
         above = torch.triu_indices(fields, fields, 1)
         self.register_buffer("above", above, persistent=False)
 
     def forward(self, *batch: Tensor) -> Tensor:
-        v_BFR = self.table(*batch)
+        v_BFR = parted(self.table(*batch), self.members)
         product_BFF = v_BFR @ v_BFR.mT
         return product_BFF[:, self.above[0], self.above[1]] @ self.weight
 
@@ -124,29 +133,39 @@ class Pairs(nn.Module):
 class ClickModel(nn.Module):
     """Fields → the logit of a click, (B,): ``(one, several, lengths of several, quantity)``."""
 
-    def __init__(self, codec: FieldCodec, config: TransformerConfig, cross: int, start: float) -> None:
+    def __init__(
+        self, codec: FieldCodec, config: TransformerConfig, cross: int, start: float, members: int = 1
+    ) -> None:
         """
         Args:
             cross: width of the vectors whose products are taken; 0: none.
             start: logit of the share of clicks in the training rows.
+            members: models that are averaged; they share the trunk and the biases.
         """
         super().__init__()
-        self.input = FieldInput(codec, config)
+        self.input = FieldInput(codec, config, members)
         self.trunk = Trunk(config)
-        self.head = nn.Linear(config.d_model, 1)
+        self.head = nn.Linear(config.d_model, members)
         self.wide = FieldTable(codec, 1, SMALL)
-        self.cross = Pairs(codec, cross) if cross else None
+        self.cross = Pairs(codec, cross, members) if cross else None
         nn.init.normal_(self.head.weight, std=0.1 * config.d_model**-0.5)
         nn.init.constant_(self.head.bias, start)
 
     def forward(self, *batch: Tensor) -> Tensor:
-        x_BD = self.trunk(self.input(*batch))[:, 0]
-        with torch.autocast(x_BD.device.type, enabled=False):  # in bfloat16 many rows would tie
-            logit_B = self.head(x_BD.float())[:, 0] + WIDE * self.wide(*batch).sum((1, 2))
-            return logit_B if self.cross is None else logit_B + self.cross(*batch)
+        return self.each(*batch).mean(0)
+
+    def each(self, *batch: Tensor) -> Tensor:
+        """What each member says: (P, B)."""
+        members = self.head.out_features
+        x_PBD = self.trunk(self.input(*batch))[:, 0].unflatten(0, (members, -1))
+        with torch.autocast(x_PBD.device.type, enabled=False):  # in bfloat16 many rows would tie
+            logit_PB = torch.einsum("pbd,pd->pb", x_PBD.float(), self.head.weight) + self.head.bias[:, None]
+            logit_PB = logit_PB + WIDE * self.wide(*batch).sum((1, 2))
+            return logit_PB if self.cross is None else logit_PB + self.cross(*batch).unflatten(0, (members, -1))
 
     def penalty(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], bias_V: Tensor, vector_V: Tensor) -> Tensor:
-        """The squares of what the rows of a batch look up: biases times `bias_V`, vectors times `vector_V`."""
-        looked_up = batch[:3]
+        """The squares of what the rows of a batch look up: biases times `bias_V`, vectors times `vector_V`; of members'
+        vectors the mean, as of what they say."""
+        looked_up, vector_V = batch[:3], vector_V / self.head.out_features
         told = WIDE**2 * self.wide.penalty(*looked_up, bias_V) + self.input.table.penalty(*looked_up, vector_V)
         return told if self.cross is None else told + self.cross.table.penalty(*looked_up, vector_V)
