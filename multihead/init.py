@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import inspect
+import itertools
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ MODEL = {
     "d_model": ("width of the vectors", "向量宽度"),
     "num_layers": ("blocks", "层数"),
     "num_heads": ("attention heads", "注意力头数"),
+    "conv_kernel": ("neighbours a convolution in each block spans; 0: none", "每层卷积覆盖的邻近位置数；0 表示不用"),
     "ngrams": ("lengths of runs of tokens that get an embedding of their own", "额外加入嵌入的 n 元组长度"),
     "ngram_buckets": ("rows of each table of n-grams", "每个 n 元组表的行数"),
     "norm": ("rmsnorm or layernorm; the second trains faster on a CPU", "rmsnorm 或 layernorm；后者在 CPU 上训练更快"),
@@ -125,13 +131,26 @@ def _compose(
 
 def _section(model: type[BaseModel], preferred: dict[str, Any], names: list[str]) -> list[str]:
     """The keys of a section with their default values and what they mean; keys without a value as comments."""
-    found = []
+    found, said = [], _docstrings(model)
     for name in names:
         info = model.model_fields[name]
         value = preferred.get(name, info.get_default(call_default_factory=True))
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json")
-        found.append(_line(name, value, _described(info.description or "")))
+        found.append(_line(name, value, _described(said.get(name) or info.description or "")))
+    return found
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """What stands below each key in the source. pydantic can read it as well, but for every class and at every start,
+    which takes longer than all else in a recipe's making."""
+    found: dict[str, str] = {}
+    for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        with contextlib.suppress(OSError, SyntaxError):  # no source, as of a class made in a console
+            body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+            for key, text in itertools.pairwise(body):
+                if isinstance(key, ast.AnnAssign) and isinstance(getattr(text, "value", None), ast.Constant):
+                    found[ast.unparse(key.target)] = inspect.cleandoc(text.value.value)  # type: ignore[attr-defined]
     return found
 
 

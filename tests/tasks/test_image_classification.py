@@ -282,8 +282,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     recipe = {
         "task": "image-classification", "name": "shapes", "data": {"train": "photos"},
         "options": {"size": 16, "flip": False, "cutmix": 0.1, "erase": 0.1},
-        "model": {"d_model": 32, "num_layers": 2, "num_heads": 2},
-        "train": {"steps": 60, "batch_size": 32, "lr": 0.002, "threads": 1, "precision": "float32", "ema": 0.9},
+        "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "conv_kernel": 0},
+        "train": {"steps": 60, "batch_size": 32, "lr": 0.002, "muon_lr": 0.02, "threads": 1, "precision": "float32",
+                  "ema": 0.9},
     }  # fmt: skip
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
     return train(folder / "r.yaml", run=folder / "run", progress=False), folder

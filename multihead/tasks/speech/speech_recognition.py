@@ -60,7 +60,8 @@ class SpeechRecognition(Task):
     asks = ("decoding", "beam", "timestamps", "lm_weight")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         # The same words spoken twice are two examples; the same recording twice is still one.
-        "model": {"d_model": 144, "num_layers": 6, "num_heads": 4, "dropout": 0.1, "norm": "layernorm"},
+        "model": {"d_model": 144, "num_layers": 6, "num_heads": 4, "conv_kernel": 15, "dropout": 0.1,
+                  "norm": "layernorm"},
         "train": {"steps": 3000, "batch_size": 32, "optimizer": "muon", "lr": 0.002, "ema": 0.995},
         "serve": {"max_body_bytes": 32 << 20, "max_batch": 8},
     }

@@ -60,8 +60,8 @@ class TextToSpeech(Task):
     speaks = True
     asks = ("speed", "seed", "steps")
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "model": {"d_model": 192, "num_layers": 6, "num_heads": 4, "dropout": 0.1, "norm": "layernorm",
-                  "activation": "gelu_tanh", "qk_norm": True, "max_length": 2048},
+        "model": {"d_model": 192, "num_layers": 6, "num_heads": 4, "conv_kernel": 7, "dropout": 0.1,
+                  "norm": "layernorm", "activation": "gelu_tanh", "qk_norm": True, "max_length": 2048},
         "train": {"steps": 5000, "batch_size": 16, "optimizer": "muon", "lr": 0.002, "ema": 0.995},
         "serve": {"max_rows": 8, "max_batch": 4, "queue": 32},
     }  # fmt: skip

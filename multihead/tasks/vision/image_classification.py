@@ -66,10 +66,11 @@ class ImageClassification(Labelling):
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "model": {
             "d_model": 128, "num_layers": 6, "num_heads": 4, "norm": "layernorm", "activation": "relu2",
-            "rope_theta": 100.0,
+            "conv_kernel": 3, "rope_theta": 100.0,
         },
         "train": {
-            "steps": 3000, "batch_size": 64, "optimizer": "muon", "lr": 1e-3, "weight_decay": 0.05, "ema": 0.998,
+            "steps": 3000, "batch_size": 64, "optimizer": "muon", "lr": 0.004, "muon_lr": 0.012,
+            "weight_decay": 0.05, "ema": 0.998,
         },
         "serve": {"max_body_bytes": 16 << 20},
     }
