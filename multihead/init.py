@@ -148,9 +148,10 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
         with contextlib.suppress(OSError, SyntaxError):  # no source, as of a class made in a console
             body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-            for key, text in itertools.pairwise(body):
-                if isinstance(key, ast.AnnAssign) and isinstance(getattr(text, "value", None), ast.Constant):
-                    found[ast.unparse(key.target)] = inspect.cleandoc(text.value.value)  # type: ignore[attr-defined]
+            for pair in itertools.pairwise(body):
+                match pair:
+                    case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[key] = inspect.cleandoc(text)
     return found
 
 

@@ -15,7 +15,7 @@ from multihead import build
 from multihead.errors import UserError, tr
 from multihead.recipe import Recipe
 from multihead.run import WEIGHTS, RunFolder
-from multihead.runtime import adapter, checkpoint, optim
+from multihead.runtime import checkpoint, optim
 from multihead.runtime.crew import Crew
 from multihead.runtime.sharding import share
 from multihead.stepping import Stepper, rows_of
@@ -93,6 +93,8 @@ def keep_weights(
         return
     checkpoint.save_weights(folder.file(WEIGHTS), tensors, metadata)
     if recipe.model.lora is not None:
+        from multihead.runtime import adapter  # with all that reads others' weights and tokenizers
+
         adapter.save(folder.file(adapter.FOLDER), model, task.origin, recipe.model, build.body(model))
 
 

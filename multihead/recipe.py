@@ -31,7 +31,7 @@ OPTION_PATHS = ("items", "users")
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]

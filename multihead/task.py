@@ -45,7 +45,7 @@ class Loss:
 class Options(BaseModel):
     """A task's own knobs: the recipe's ``options:`` section. Subclass it inside the task file."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class Task:
