@@ -38,6 +38,12 @@ class Row(dict[str, Any]):
         self.where = where
 
 
+def changed(row: Mapping[str, Any], **values: Any) -> Row:
+    """`row` with other values in some columns, at the same place; None takes a column out."""
+    held = {name: value for name, value in {**row, **values}.items() if name not in values or value is not None}
+    return Row(held, where=getattr(row, "where", ""))
+
+
 @dataclass(frozen=True)
 class Column:
     """A column a task asks for: our `name`, what it holds, and other `names` it may have in a file (any case).

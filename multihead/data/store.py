@@ -318,6 +318,10 @@ class Store(Sequence[dict[str, np.ndarray]]):
             raise self._broken(tr(f"raw row {i} cannot be read ({error})",
                                   f"第 {i} 行原文无法读取（{error}）")) from None
 
+    def where(self, i: int) -> str:
+        """The place of raw row i in a person's data; its number where the store was written without raw rows."""
+        return tr(f"row {i + 1}", f"第 {i + 1} 行") if self._raw is None else self.row(i).where
+
     def rows(self) -> Iterator[Row]:
         """All raw rows in order."""
         return (self.row(i) for i in range(len(self)))

@@ -80,15 +80,8 @@ def described(store: Store) -> dict[str, Any]:
         report["rates"] = {str(rate): count for rate, count in sorted(rates.items())}
     if issues:
         report["issues"] = issues
-        report["issue_examples"] = {name: [_where(store, i) for i in found[name][:NAMED]] for name in issues}
+        report["issue_examples"] = {name: [store.where(i) for i in found[name][:NAMED]] for name in issues}
     return report
-
-
-def _where(store: Store, i: int) -> str:
-    try:
-        return store.row(i).where
-    except ValueError:
-        return f"row {i + 1}"
 
 
 def as_wav(samples: Any, rate: Any) -> bytes:

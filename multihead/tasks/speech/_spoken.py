@@ -66,15 +66,8 @@ def described(store: Store, voices: Sequence[str]) -> dict[str, Any]:
         report["voices"] = dict(zip(voices, counts.tolist(), strict=True))
     if len(slow):
         report["issues"] = {"text_too_short": len(slow)}
-        report["issue_examples"] = {"text_too_short": [_where(store, int(i)) for i in slow[:NAMED]]}
+        report["issue_examples"] = {"text_too_short": [store.where(int(i)) for i in slow[:NAMED]]}
     return report
-
-
-def _where(store: Store, i: int) -> str:
-    try:
-        return store.row(i).where
-    except ValueError:
-        return f"row {i + 1}"
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from multihead.codec.audio import RATE, AudioCodec
 from multihead.codec.text import TextCodec
 from multihead.codec.transcript import PinyinCodec, plain, syllables, toneless, words
 from multihead.data import audio
-from multihead.data.rows import TEXT_NAMES, Column, Row
+from multihead.data.columns import changed
+from multihead.data.rows import TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.generation.ctc import Reading, best_path, joint_search, prefix_beam
@@ -228,11 +229,7 @@ class SpeechRecognition(Task):
             told.refuse_unfit(len(example["audio"]), example["target"], self.options.max_seconds)
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        if len(row["audio"]) <= KEPT:
-            return row
-        small = Row(row, where=getattr(row, "where", ""))
-        del small["audio"]
-        return small
+        return row if len(row["audio"]) <= KEPT else changed(row, audio=None)
 
     def describe(self, store: Store) -> dict[str, Any]:
         return told.described(store)

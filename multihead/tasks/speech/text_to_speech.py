@@ -23,7 +23,8 @@ from multihead import task as base
 from multihead.codec.audio import RATE, decoded
 from multihead.codec.voice import HOP, VoiceCodec, encoded, griffin_lim, whole
 from multihead.data.audio import from_uri, to_uri
-from multihead.data.rows import TEXT_NAMES, Column, Row
+from multihead.data.columns import changed
+from multihead.data.rows import TEXT_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import Problem, UserError, tr
 from multihead.generation import flow
@@ -182,11 +183,7 @@ class TextToSpeech(Task):
         spoken.refuse_unfit(example["ids"], len(example["mel"]), self.options.max_seconds)
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        if len(row["audio"]) <= KEPT:
-            return row
-        small = Row(row, where=getattr(row, "where", ""))
-        del small["audio"]
-        return small
+        return row if len(row["audio"]) <= KEPT else changed(row, audio=None)
 
     def describe(self, store: Store) -> dict[str, Any]:
         return spoken.described(store, self.voices)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from multihead.codec.image import ImageCodec, thumbnail
 from multihead.codec.text import LabelCodec
 from multihead.data import images
-from multihead.data.rows import LABEL_NAMES, Column, Row
+from multihead.data.columns import changed
+from multihead.data.rows import LABEL_NAMES, Column
 from multihead.errors import UserError
 from multihead.task import Example
 from multihead.tasks.vision import _maps as maps
@@ -106,9 +107,7 @@ class ImageClassification(Labelling):
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
         if len(row["image"]) <= KEPT:
             return row
-        small = Row(row, where=getattr(row, "where", ""))
-        small["image"] = thumbnail(row["image"], max(128, 2 * self.codec.size))
-        return small
+        return changed(row, image=thumbnail(row["image"], max(128, 2 * self.codec.size)))
 
     # -- build and train ----------------------------------------------------------------------------------------------
 

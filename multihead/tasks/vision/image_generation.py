@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from multihead import task as base
 from multihead.codec.image import ImageCodec, thumbnail
 from multihead.codec.text import LabelCodec, TextCodec
-from multihead.data.rows import LABEL_NAMES, Column, Row
+from multihead.data.columns import changed
+from multihead.data.rows import LABEL_NAMES, Column
 from multihead.data.store import Store
 from multihead.errors import UserError, tr
 from multihead.generation import flow
@@ -147,9 +148,7 @@ class ImageGeneration(Task):
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
         if len(row["image"]) <= KEPT:
             return row
-        small = Row(row, where=getattr(row, "where", ""))
-        small["image"] = thumbnail(row["image"], max(128, 2 * self.codec.size))
-        return small
+        return changed(row, image=thumbnail(row["image"], max(128, 2 * self.codec.size)))
 
     def describe(self, store: Store) -> dict[str, Any]:
         if self.told != "label":

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from multihead.codec.text import LabelCodec
 from multihead.codec.video import ClipCodec, small_clip, strip
 from multihead.data import video
-from multihead.data.rows import LABEL_NAMES, Column, Row
+from multihead.data.columns import changed
+from multihead.data.rows import LABEL_NAMES, Column
 from multihead.data.video import ClipFile
 from multihead.errors import UserError, tr
 from multihead.task import Batch, Example
@@ -123,9 +124,7 @@ class VideoClassification(Labelling):
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(row["video"], ClipFile) and len(row["video"]) <= KEPT:
             return row
-        small = Row(row, where=getattr(row, "where", ""))
-        small["video"] = self._small(row["video"])
-        return small
+        return changed(row, video=self._small(row["video"]))
 
     def _small(self, clip: str) -> str:
         return small_clip(clip, max(SHOWN_FRAMES, self.options.frames), min(128, max(64, self.codec.size)))
