@@ -110,7 +110,7 @@ def data(shape: Shape, folder: Path) -> Sequence[str]:
     """Writes texts of characters drawn at random, every one of the vocabulary, and returns what a recipe needs."""
     draw = random.Random(0)
     special = {DECODER: 5, ENCODER: 5, BOTH: 4}[shape.kind]  # of a decoder the end of a line is one, too
-    letters = [chr((0x4E00 if i < 20000 else 0xAC00 - 20000) + i) for i in range(shape.vocab - special)]
+    letters = [chr((0x4E00 if i < 20000 else 0x20000 - 20000) + i) for i in range(shape.vocab - special)]
     shortened = {DECODER: 0, ENCODER: 0, BOTH: 1}[shape.kind]  # <eos>
     size = shape.length - shortened
     texts = ["".join(letters[i : i + size]) for i in range(0, len(letters) - size + 1, size)] + [
@@ -158,20 +158,22 @@ def products(step: Callable[[], object]) -> float:
 
 
 class Peer:
-    """A model in a plain loop: AdamW as torch has it, gradients clipped at 1, ids at random; a step a call.
+    """A model in a plain loop: AdamW as torch has it, gradients clipped at 1, rows drawn at random; a step a call.
 
     Args:
-        loss: model and ids, (rows, length) each → its loss.
+        loss: model and shape → the loss of rows of that shape.
     """
 
-    def __init__(self, model: nn.Module, shape: Shape, loss: Callable[[nn.Module, Shape], Tensor],
-                 precision: torch.dtype = torch.float32) -> None:
-        self.model, self.shape, self.loss, self.precision = model.train(), shape, loss, precision
+    def __init__(self, model: nn.Module, shape: Any, loss: Callable[[Any, Any], Tensor],
+                 precision: torch.dtype = torch.float32, place: str = "cpu") -> None:
+        self.model, self.shape, self.loss, self.precision = model.to(place).train(), shape, loss, precision
+        self.place = place
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         self.parameters = sum(p.numel() for p in model.parameters())
 
     def __call__(self) -> None:
-        with torch.autocast("cpu", self.precision) if self.precision != torch.float32 else nullcontext():
+        low = torch.autocast(self.place, self.precision) if self.precision != torch.float32 else nullcontext()
+        with torch.device(self.place), low:
             loss = self.loss(self.model, self.shape)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
