@@ -16,7 +16,7 @@ from multihead.codec.fields import MISSING, UNSEEN, FieldCodec, Sizes
 from multihead.data.store import Store
 from multihead.errors import UserError
 from multihead.run import RunFolder
-from multihead.tasks.recommendation._fields import ClickModel, FieldTable, Pairs
+from multihead.tasks.recommendation._fields import WIDE, ClickModel, FieldTable, Pairs
 from multihead.tasks.recommendation._importance import importance
 from multihead.train import train
 from multihead.transformer.config import TransformerConfig
@@ -138,7 +138,7 @@ def test_each_member_is_the_model_of_its_own_vectors_and_they_are_averaged() -> 
     config = TransformerConfig(**TINY, positions="none")
     torch.manual_seed(0)
     model = ClickModel(codec, config, 4, 0.5, members=3).eval()
-    bias_V, vector_V = torch.rand(codec.size), torch.rand(codec.size)
+    once_V = torch.rand(codec.size)
     told, pulled = [], []
     for m in range(3):
         own = {name: value.chunk(3, dim=0 if name.startswith("head.") else -1)[m]
@@ -147,10 +147,16 @@ def test_each_member_is_the_model_of_its_own_vectors_and_they_are_averaged() -> 
         single = ClickModel(codec, config, 4, 0.5).eval()
         single.load_state_dict(own)
         told.append(single(*batch))
-        pulled.append(single.penalty(batch, bias_V, vector_V))
+        pulled.append(single.penalty(batch, once_V, 0.25, 2.0, 3.0))
     torch.testing.assert_close(model.each(*batch), torch.stack(told))
     torch.testing.assert_close(model(*batch), torch.stack(told).mean(0))
-    torch.testing.assert_close(model.penalty(batch, bias_V, vector_V), torch.stack(pulled).mean())
+    torch.testing.assert_close(model.penalty(batch, once_V, 0.25, 2.0, 3.0), torch.stack(pulled).mean())
+    # Over all training rows each value is pulled once, and so is what a quantity is read by.
+    count_V = torch.tensor([n for field in codec.used for n in field.counts])
+    tables = (model.wide, model.input.table, model.cross.table)
+    whole = [t.value.weight[count_V > 0].square().sum() + t.piece.square().sum() + t.log.square().sum() for t in tables]
+    told = model.penalty(batch, 1 / count_V.clamp(min=1), 1 / len(rows), 2.0, 3.0)
+    torch.testing.assert_close(told, 2 * WIDE**2 * whole[0] + 3 * (whole[1] + whole[2]) / 3)
 
 
 def test_tables_are_joined_in_training_and_in_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

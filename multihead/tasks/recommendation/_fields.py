@@ -80,13 +80,18 @@ class FieldTable(nn.Module):
         x_BMD = x_BMD + log_BM.nan_to_num()[..., None] * self.log + self.offset
         return torch.where(held_BM1, x_BMD, self.value(self.missing_M))
 
-    def penalty(self, one_BC: Tensor, several_BN: Tensor, lengths_B: Tensor, weight_V: Tensor) -> Tensor:
-        """Σ over the categories of every row of weight · |vector|²: a sum over rows."""
+    def penalty(
+        self, one_BC: Tensor, several_BN: Tensor, lengths_B: Tensor, weight_V: Tensor, weight: float
+    ) -> Tensor:
+        """Σ over the categories of every row of their weight · |vector|², and of `weight` · the squares of what
+        quantities are read by, which every row reads: a sum over rows."""
         squares_BC = self.value(one_BC).square().sum(-1) * weight_V[one_BC]
         total = squares_BC.sum()
         if self.several:
             real_BN = torch.arange(several_BN.shape[1], device=several_BN.device) < lengths_B[:, None]
             total = total + (self.value(several_BN).square().sum(-1) * weight_V[several_BN] * real_BN).sum()
+        if self.quantities:
+            total = total + len(one_BC) * weight * (self.piece.square().sum() + self.log.square().sum())
         return total
 
 
@@ -163,9 +168,18 @@ class ClickModel(nn.Module):
             logit_PB = logit_PB + WIDE * self.wide(*batch).sum((1, 2))
             return logit_PB if self.cross is None else logit_PB + self.cross(*batch).unflatten(0, (members, -1))
 
-    def penalty(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], bias_V: Tensor, vector_V: Tensor) -> Tensor:
-        """The squares of what the rows of a batch look up: biases times `bias_V`, vectors times `vector_V`; of members'
-        vectors the mean, as of what they say."""
-        looked_up, vector_V = batch[:3], vector_V / self.head.out_features
-        told = WIDE**2 * self.wide.penalty(*looked_up, bias_V) + self.input.table.penalty(*looked_up, vector_V)
-        return told if self.cross is None else told + self.cross.table.penalty(*looked_up, vector_V)
+    def penalty(
+        self, batch: tuple[Tensor, Tensor, Tensor, Tensor], once_V: Tensor, once: float, biases: float, vectors: float
+    ) -> Tensor:
+        """The squares of what the rows of a batch look up, biases times `biases`, vectors times `vectors`; of members'
+        vectors the mean, as of what they say.
+
+        Args:
+            once_V: what one row pulls of a category, so that all rows that hold it pull it once.
+            once: the same of a quantity, which all rows hold.
+        """
+        weighed = (*batch[:3], once_V, once)
+        told = self.input.table.penalty(*weighed)
+        if self.cross is not None:
+            told = told + self.cross.table.penalty(*weighed)
+        return biases * WIDE**2 * self.wide.penalty(*weighed) + vectors / self.head.out_features * told

@@ -120,7 +120,9 @@ class ClickThroughRate(Task):
     tables: dict[str, dict[str, dict[str, Any]]]
     """What is joined: "user" and "item" → id → {field: value}."""
     share: float = 0.5
-    """Of clicks in the training rows."""
+    """Of clicks in the training rows …"""
+    rows: int = 0
+    """… and how many these are."""
 
     def __init__(self, options: Any = None, seed: int = 0) -> None:
         super().__init__(options, seed)
@@ -165,7 +167,7 @@ class ClickThroughRate(Task):
                                f"{'、'.join(names)}"))
         found = _Joined(rows, self)
         self.codec = FieldCodec.fit(found, names, o.fields, Sizes(o.min_count, o.buckets, o.max_values, o.bins))
-        self.share = found.clicks / max(1, found.rows)
+        self.share, self.rows = found.clicks / max(1, found.rows), found.rows
         if found.clicks in (0, found.rows):
             what = (tr("no click", "没有点击"), tr("nothing but clicks", "全是点击"))[found.clicks > 0]
             raise UserError(tr(f"among the {found.rows:,} training rows there is {what}; there is nothing to tell "
@@ -218,7 +220,7 @@ class ClickThroughRate(Task):
     def save(self, folder: Path) -> None:
         self.codec.save(folder)
         used = {f.name for f in self.codec.used}
-        write_json(folder / "log.json", {"names": self.names, "share": self.share})
+        write_json(folder / "log.json", {"names": self.names, "share": self.share, "rows": self.rows})
         for key, table in self.tables.items():
             held = {name: {k: v for k, v in about.items() if k in used} for name, about in table.items()}
             (folder / f"{key}s.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
@@ -226,7 +228,7 @@ class ClickThroughRate(Task):
     def load(self, folder: Path) -> None:
         self.codec = FieldCodec.load(folder)
         held = json.loads((folder / "log.json").read_text("utf-8"))
-        self.names, self.share, self._candidates = held["names"], held["share"], None
+        self.names, self.share, self.rows, self._candidates = held["names"], held["share"], held.get("rows", 0), None
         self.tables = {key: json.loads(path.read_text("utf-8")) for key in ("user", "item")
                        if (path := folder / f"{key}s.json").is_file()}
 
@@ -273,8 +275,8 @@ class ClickThroughRate(Task):
             return Loss(told, rows)
         # A value that stands in n rows is pulled n times in an epoch, by an n-th each time.
         counts = torch.tensor([n for f in self.codec.used for n in f.counts], device=told.device)
-        once_V, o = 1 / counts.clamp(min=1).float(), self.options
-        pull = model.penalty(read, o.l2 * once_V, o.l2_vectors * once_V)  # type: ignore[operator]
+        once_V, once, o = 1 / counts.clamp(min=1).float(), 1 / max(1, self.rows), self.options
+        pull = model.penalty(read, once_V, once, o.l2, o.l2_vectors)  # type: ignore[operator]
         return Loss(told + pull, rows, {"told": told.detach()})
 
     # -- evaluate and serve -------------------------------------------------------------------------------------------
