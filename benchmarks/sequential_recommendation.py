@@ -192,7 +192,7 @@ def against_recbole(args: Any) -> int:
         began = args.clock()
         steps = [f"train.steps={args.steps}", f"train.eval_every={args.steps}", "train.minutes=null", "train.threads=1"]
         run = train(RECIPES / SETS["beauty"]["recipe"], steps, run=Path(work, "run"), progress=False)
-        ours = next(e["valid"] for e in reversed(read_log(run.folder.file("log.jsonl"))) if "valid" in e)
+        ours = [e["valid"] for e in read_log(run.folder.file("log.jsonl")) if "valid" in e][-1]
         spent = args.clock() - began
         told = "NDCG@10 {ndcg@10:.4f}, HR@10 {hr@10:.4f}"
         print(f"ours, {args.steps} steps: {told.format(**ours)}; {spent:.0f} s", flush=True)
