@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from functools import lru_cache
 
 import numpy as np
 
 from multihead.errors import UserError, tr
 
 POOL = 64  # batches sorted by length together: little padding, and batches still differ from epoch to epoch
+LARGE = 1 << 20  # rows from which on no order is written down: memory must not grow with the data
+ROUNDS = 6
 
 
 class Loader:
@@ -32,7 +35,7 @@ class Loader:
         self.seed, self.shuffle = seed, shuffle
         self.lengths = None if lengths is None else np.asarray(lengths)
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order: np.ndarray | _Order = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -46,10 +49,12 @@ class Loader:
         start = within * self.batch_size
         return self._order[start:start + self.batch_size]
 
-    def _make_order(self, epoch: int) -> np.ndarray:
+    def _make_order(self, epoch: int) -> np.ndarray | _Order:
         used = len(self) * self.batch_size
         if not self.shuffle:
             return np.arange(used, dtype=np.int64)
+        if self.rows > LARGE:
+            return _Order(self, epoch)
         order = _permutation(self.rows, self.seed, epoch, 0)[:used]
         if self.lengths is None:
             return order
@@ -79,6 +84,59 @@ def shares(rows: int, at_once: int | None = None, rank: int = 0, world: int = 1)
         count = min(-(-count // world), rows // world) * world
         bounds = [n * rows // count for n in range(count + 1)]
     return [(n, bounds[n], bounds[n + 1]) for n in range(rank, count, world)]
+
+
+class _Order:
+    """The rows of an epoch as `Loader` deals them out, worked out batch by batch."""
+
+    def __init__(self, loader: Loader, epoch: int) -> None:
+        self.size, self.lengths, self.used = loader.batch_size, loader.lengths, len(loader) * loader.batch_size
+        self.rows = Scattered(loader.rows, loader.seed, epoch, 0)
+        self.batches = Scattered(len(loader), loader.seed, epoch, 1)
+        self.pool = lru_cache(maxsize=4)(self._pool)
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        """One whole batch."""
+        if self.lengths is None:
+            return self.rows[np.arange(at.start, at.stop)]
+        number, within = divmod(int(self.batches[np.array([at.start // self.size])][0]), POOL)
+        return self.pool(number)[within * self.size:(within + 1) * self.size]
+
+    def _pool(self, number: int) -> np.ndarray:
+        start = number * POOL * self.size
+        part = self.rows[np.arange(start, min(start + POOL * self.size, self.used))]
+        assert self.lengths is not None
+        return part[np.argsort(self.lengths[part], kind="stable")]
+
+
+class Scattered:
+    """The numbers 0 to n − 1 in an order of their own, any of them worked out by itself: a Feistel network (Luby &
+    Rackoff 1988) over as many bits as n has, followed until it arrives below n (Black & Rogaway 2002, section 4)."""
+
+    def __init__(self, n: int, seed: int, epoch: int, use: int) -> None:
+        self.n, half = n, max(1, ((n - 1).bit_length() + 1) // 2)
+        self.half, self.mask = np.uint64(half), np.uint64((1 << half) - 1)
+        self.keys = np.random.SeedSequence([seed, epoch, use]).generate_state(ROUNDS, np.uint64)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """What stands at these places, int64."""
+        found = self._network(places.astype(np.uint64))
+        while len(beyond := np.flatnonzero(found >= self.n)):
+            found[beyond] = self._network(found[beyond])
+        return found.astype(np.int64)
+
+    def _network(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self.half, x & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_mixed(right ^ key) & self.mask)
+        return left << self.half | right
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _permutation(n: int, seed: int, epoch: int, use: int) -> np.ndarray:

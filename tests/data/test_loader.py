@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multihead.data.loader import Loader, sequential, shares
+from multihead.data import loader as loading
+from multihead.data.loader import Loader, Scattered, sequential, shares
 from multihead.errors import UserError
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**40), st.booleans(), st.booleans())
@@ -29,6 +30,32 @@ def test_every_row_once_an_epoch_but_for_the_last_incomplete_batch(sizes, epoch)
     seen = np.concatenate(batches)
     assert len(np.unique(seen)) == len(seen) == sizes[0] // size * size
     assert seen.min() >= 0 and seen.max() < sizes[0]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**40), st.integers(0, 3))
+def test_scattered_numbers_are_all_of_them_once(n, seed, epoch):
+    found = Scattered(n, seed, epoch, 0)[np.arange(n)]
+    np.testing.assert_array_equal(np.sort(found), np.arange(n))
+
+
+def test_where_rows_are_many_no_order_is_held_and_neighbours_lie_anywhere():
+    many = 1 << 40
+    loader = Loader(many, 512, seed=3)
+    batch = loader.batch(123_456)
+    assert len(np.unique(batch)) == 512 and abs(batch.mean() / many - 0.5) < 0.1
+    np.testing.assert_array_equal(batch, Loader(many, 512, seed=3).batch(123_456))
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_many_rows_are_dealt_out_as_few_are(bucketed, monkeypatch):
+    monkeypatch.setattr(loading, "LARGE", 100)
+    lengths = np.random.default_rng(0).integers(1, 99, 2000) if bucketed else None
+    loader = Loader(2000, 6, seed=1, lengths=lengths)
+    batches = [loader.batch(len(loader) + i) for i in range(len(loader))]
+    assert len(np.unique(np.concatenate(batches))) == 1998
+    if lengths is not None:
+        assert np.mean([np.ptp(lengths[batch]) for batch in batches]) < 5
 
 
 @settings(deadline=None)
