@@ -32,17 +32,17 @@ DOCS = {"benchmarks.md": ("benchmark", "what", "peer", "ours", "unit", "aim", "h
         "benchmarks.zh.md": ("基准", "内容", "对照", "本项目", "单位", "目标", "达到", "测量", "是", "否")}  # fmt: skip
 MARKS = "<!-- table -->", "<!-- /table -->"
 PARTS = {"image_classification": ("throughput", "fashion-mnist", "cifar10"),
-         "speech_recognition": ("syllables", "aishell"),
+         "speech_recognition": ("fsdd", "syllables", "hostile"),
          "training_speed": ("decoder", "encoder", "encoder-decoder")}  # fmt: skip
 SMOKE = ("startup", "generate", "recommend_serving")
 SMOKE_LIMIT = 170.0
 SMOKE_MINUTES = 0.02
-NOT_ALONE = {"_common", "_pairs", "run"}
+NOT_ALONE = {"run"}
 
 
 def names() -> list[str]:
     """Every benchmark, each part of those that have several by itself."""
-    found = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_ALONE)
+    found = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_ALONE and path.stem[0] != "_")
     return [f"{name}:--part={part}" if part else name for name in found for part in PARTS.get(name, ("",))]
 
 

@@ -22,10 +22,7 @@ as spoken by espeak-ng (``apt install espeak-ng``), a second voice: they teach i
 from __future__ import annotations
 
 import csv
-import gzip
 import os
-import shutil
-import subprocess
 import tarfile
 import tempfile
 import time
@@ -35,6 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MULTIHEAD_DATA", str(Path("../shared/data").resolve()))
 
+import _espeak
 import numpy as np
 from _common import Aim, arguments, finish
 
@@ -104,20 +102,15 @@ def interval(rate: ErrorRates, beside: ErrorRates, weights: np.ndarray) -> dict[
 
 def manifests(folder: Path, count: int) -> list[str]:
     """Prompts and espeak-ng's sentences with a column of voices; what the recipe then reads."""
-    if shutil.which("espeak-ng") is None:
-        raise SystemExit("--espeak needs espeak-ng: apt install espeak-ng")
     for part in ("train", "valid"):
         with tarfile.open(DATA / f"{part}.tar") as archive:
             archive.extractall(folder, filter="data")
         with open(folder / f"{part}.tsv", encoding="utf-8") as file:
             lines = [(row["file"], row["text"], VOICE) for row in csv.DictReader(file, delimiter="\t")]
         if part == "train":
-            with gzip.open(SENTENCES, "rt", encoding="utf-8") as file:
-                texts = sorted({line.split("\t")[0] for line in file if 12 <= len(line.split("\t")[0]) <= 60})
-            for i, k in enumerate(np.random.default_rng(0).permutation(len(texts))[:count].tolist()):
-                name = f"espeak-{i}.wav"
-                subprocess.run(["espeak-ng", "-v", "en-us", "-w", str(folder / name), texts[k]], check=True)
-                lines.append((name, texts[k], OTHER))
+            texts = _espeak.sentences(SENTENCES, 0, 12, 60, count)
+            names = _espeak.spoken(texts, folder, "en-us")
+            lines += [(name, text, OTHER) for name, text in zip(names, texts, strict=True)]
         with open(folder / f"{part}-voices.tsv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t").writerows([("file", "text", "speaker"), *lines])
     return [f"data.{part}={folder / f'{part}-voices.tsv'}" for part in ("train", "valid")]
