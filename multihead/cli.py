@@ -217,29 +217,38 @@ def serve(
     serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device, precision=precision)
 
 
-@app.command(help=tr("write a run as a folder that transformers loads",
-                     "把训练结果导出为 transformers 可加载的文件夹"))
+@app.command(help=tr("write a run for others: a folder that transformers loads, or a GGUF file",
+                     "把训练结果导出给别处使用：transformers 可加载的文件夹，或 GGUF 文件"))
 def export(
     run: RunPath,
     to: Annotated[str, _option(
-        "--to", "hf: a folder that transformers loads", "hf：transformers 可以加载的文件夹", "FORM")] = "hf",
+        "--to", "hf: a folder that transformers loads; gguf (8 bits), gguf-f16, gguf-f32: a file that llama.cpp loads",
+        "hf：transformers 可加载的文件夹；gguf（8 位）、gguf-f16、gguf-f32：llama.cpp 可加载的文件", "FORM")] = "hf",
     out: Annotated[Path | None, _option(
-        "-o --out", "folder to write; RUN-hf where not given", "写到哪个文件夹；不给出时为 RUN-hf", "DIR")] = None,
+        "-o --out", "folder or file to write; RUN-hf or RUN.gguf where not given",
+        "写到哪个文件夹或文件；不给出时为 RUN-hf 或 RUN.gguf", "PATH")] = None,
     texts: Annotated[int, _option(
         "--texts", "held-out texts or pictures to run through both", "用多少条留出文本或图片对比两边的输出")] = 20,
     proof: Annotated[bool, _option(
-        "--proof/--no-proof", "run both and compare (needs transformers)",
-        "运行两边并对比（需要 transformers）")] = True,
+        "--proof/--no-proof", "of hf: run both and compare (needs transformers)",
+        "导出为 hf 时：运行两边并对比（需要 transformers）")] = True,
 ) -> None:
     from multihead.build import open_run
     from multihead.export import export as write
     from multihead.export import words
+    from multihead.export_gguf import FORMS, export_gguf
 
-    if to != "hf":
-        raise UserError(tr(f"--to {to}: the only form there is, is hf", f"--to {to}：目前只有 hf 一种形式"))
+    if to != "hf" and to not in FORMS:
+        forms = ("hf", *FORMS)
+        raise UserError(tr(f"--to {to}: there are {', '.join(forms)}", f"--to {to}：可用的形式有 {'、'.join(forms)}"))
     opened = open_run(run, "cpu")
-    folder = out or opened.path.absolute().with_name(f"{opened.path.absolute().name}-hf")
-    _console().print(words(write(opened, folder, texts, proof)), markup=False)
+    place = opened.path.absolute()
+    if to == "hf":
+        folder = out or place.with_name(f"{place.name}-hf")
+        said = words(write(opened, folder, texts, proof))
+    else:
+        said = export_gguf(opened, out or place.with_name(f"{place.name}.gguf"), to)
+    _console().print(said, markup=False)
 
 
 @app.command(help=tr("what this machine can do: device, bf16, memory, packages",

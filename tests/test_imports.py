@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "stepping",
         "validating",
         "proving",
+        "export_gguf",
         "export_images",
         "export_sounds",
         "export",
