@@ -19,6 +19,8 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         return int(sdpa_flop_count(*(x.shape for x in args[:3])))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise") and packet is torch.ops.mkldnn._linear_pointwise:
+        return 2 * int(out.numel()) * int(args[0].shape[-1])
     counted = flop_registry.get(packet)
     return int(counted(*args, **kwargs, out_val=out)) if counted is not None else 0
 

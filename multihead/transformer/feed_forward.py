@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from multihead.transformer.config import TransformerConfig
 from multihead.transformer.dropout import Dropout
+from multihead.transformer.linear import Linear
 
 
 class ReluSquared(torch.autograd.Function):
@@ -40,10 +41,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         gated = config.activation == "swiglu"
-        self.up = nn.Linear(config.d_model, config.ff_size * (2 if gated else 1), bias=config.bias)
+        self.up = Linear(config.d_model, config.ff_size * (2 if gated else 1), bias=config.bias)
         if gated:
             mark_split(self.up, 2)
-        self.down = nn.Linear(config.ff_size, config.d_model, bias=config.bias)
+        self.down = Linear(config.ff_size, config.d_model, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

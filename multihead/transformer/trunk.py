@@ -21,6 +21,7 @@ from multihead.transformer.convolution import Convolution
 from multihead.transformer.dropout import Dropout
 from multihead.transformer.dropout import dropout as random_zeros
 from multihead.transformer.feed_forward import FeedForward, mark_split
+from multihead.transformer.linear import Linear
 from multihead.transformer.rotary import heads_turned, rotary_table, rotate
 
 
@@ -42,14 +43,14 @@ class Attention(nn.Module):
         q_size, kv_size = self.heads * self.head_size, self.kv_heads * self.head_size
         bias = config.bias or config.qkv_bias
         if cross:
-            self.q = nn.Linear(config.d_model, q_size, bias=bias)
-            self.kv = nn.Linear(config.d_model, 2 * kv_size, bias=bias)
+            self.q = Linear(config.d_model, q_size, bias=bias)
+            self.kv = Linear(config.d_model, 2 * kv_size, bias=bias)
             mark_split(self.kv, 2)
         else:
-            self.qkv = nn.Linear(config.d_model, q_size + 2 * kv_size, bias=bias)
+            self.qkv = Linear(config.d_model, q_size + 2 * kv_size, bias=bias)
             if q_size == kv_size:
                 mark_split(self.qkv, 3)
-        self.out = nn.Linear(q_size, config.d_model, bias=config.bias)
+        self.out = Linear(q_size, config.d_model, bias=config.bias)
         self.q_norm = make_norm(config, self.head_size) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_size) if config.qk_norm else None
 
