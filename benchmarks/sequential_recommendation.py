@@ -1,7 +1,7 @@
 """The next item, leave-one-out, ranked over the whole catalogue: ours beside popularity and item-kNN, in one run.
 
     python benchmarks/sequential_recommendation.py [beauty|movielens|scale] [--json FILE] [--minutes N] [--run FOLDER]
-    python benchmarks/sequential_recommendation.py recbole --python PEER [--steps 150] [--cpu] [--json FILE]
+    python benchmarks/sequential_recommendation.py recbole --python PEER [--steps 300] [--cpu] [--json FILE]
 
 Each user's last item is the test, the one before it validation, all else training; what a user had already is not
 ranked. All three sides rank the same test rows of one prepared store by the same code (`multihead.metrics.ranking`).
@@ -213,7 +213,7 @@ def main() -> int:
     extra = [("data", {"nargs": "?", "choices": [*sorted(SETS), "recbole", "scale"], "default": "beauty"}),
              ("--run", {"type": Path, "metavar": "FOLDER", "help": "keep the run there, or measure one that is there"}),
              ("--python", {"type": Path, "help": "of recbole: a Python that has RecBole"}),
-             ("--steps", {"type": int, "default": 150, "help": "of recbole: how many ours takes"})]
+             ("--steps", {"type": int, "default": 300, "help": "of recbole: how many ours takes"})]
     args = arguments(__doc__, minutes=25, extra=extra)  # type: ignore[arg-type]
     if args.data in ("scale", "recbole"):
         return scale(args) if args.data == "scale" else against_recbole(args)
