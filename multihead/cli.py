@@ -217,7 +217,7 @@ def serve(
     serve_runs(runs, host=host, port=port, api_keys=api_key or [], device=device, precision=precision)
 
 
-@app.command(help=tr("write a run for others: a folder that transformers loads, or a GGUF file",
+@app.command(help=tr("write a run for transformers (a folder) or llama.cpp (GGUF)",
                      "把训练结果导出给别处使用：transformers 可加载的文件夹，或 GGUF 文件"))
 def export(
     run: RunPath,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multihead.errors import UserError, tr
 from multihead.generation.fast import prepared
+from multihead.generation.lookup import Lookup, ahead, wanted
 from multihead.generation.sampling import Sampling, sample
 from multihead.transformer.cache import Cache
 
@@ -51,6 +52,7 @@ class Emitter(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         eos: int | None = None,
+        lookup: int = 0,
     ) -> Tensor:
         """Go on with prompts.
 
@@ -59,6 +61,7 @@ class Emitter(nn.Module):
             max_length: length of what is returned, the prompt included.
             num_samples: continuations of each prompt.
             eos: the token that ends a row; what follows it is filled with it. None: rows end at `max_length` only.
+            lookup: see `Sampling`.
 
         Returns:
             (B · num_samples, at most max_length) int64, the samples of one prompt next to each other, prompts included.
@@ -73,7 +76,7 @@ class Emitter(nn.Module):
             ))
         sampling = Sampling.of(dict(
             max_tokens=max_length - T, temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed,
+            repetition_penalty=repetition_penalty, seed=seed, lookup=lookup,
         ))
         batch = {"ids": ids_BT.long(), "lengths": torch.full((B,), T, device=ids_BT.device)}
         return emit(self, batch, ids_BT.tolist(), sampling, num_samples, eos, fill=eos or 0)
@@ -144,7 +147,12 @@ class Sequel:
         self.sampling, self.generator, self.text = sampling, generator, text
         self.ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         self.left = sampling.max_tokens
+        self.lookup = Lookup()
         self.reason = ""
+
+    def draft(self) -> list[int]:
+        """What may follow, by what followed earlier; never beyond the row's end."""
+        return self.lookup.draft(self.ids, min(self.sampling.lookup, self.left - 1))
 
     def push(self, token: int) -> bool:
         """Add a token; True where the row has come to its end (``reason``: "stop" or "length")."""
@@ -166,6 +174,7 @@ class Sequel:
 def decode(model: Emitter, state: Cache, logits_BV: Tensor, rows: Sequence[Sequel]) -> None:
     """Step all `rows` to their ends, taking each out of the batch as it ends."""
     going = list(rows)
+    looks = wanted(model, [row.sampling for row in rows])
     while True:
         chosen = sample(
             logits_BV, [r.ids for r in going], [r.sampling for r in going], [r.generator for r in going]
@@ -178,7 +187,22 @@ def decode(model: Emitter, state: Cache, logits_BV: Tensor, rows: Sequence[Seque
                 state.drop(i)
         if not going:
             return
-        logits_BV = model.step(torch.tensor(chosen, device=logits_BV.device), state)
+        drafts = [row.draft() for row in going] if looks else []
+        if not any(drafts):
+            logits_BV = model.step(torch.tensor(chosen, device=logits_BV.device), state)
+            continue
+        logits_BV, ended = ahead(
+            model, state, chosen, drafts, [r.ids for r in going], [r.sampling for r in going],
+            lambda i, token: going[i].push(token),
+        )
+        for i in reversed(ended):
+            going[i] = going[-1]
+            going.pop()
+            state.drop(i)
+            logits_BV[i] = logits_BV[-1]
+            logits_BV = logits_BV[:-1]
+        if not going:
+            return
 
 
 class TextStream:

@@ -38,6 +38,9 @@ class Sampling:
     """Texts that end the answer; they are not part of it."""
     seed: int | None = None
     """The same seed gives the same tokens; None differs every time."""
+    lookup: int = 0
+    """With temperature 0: so many tokens may be taken at once from earlier in the text, where it repeats itself. The
+    tokens stay the same; long copies come faster. 0: none."""
 
     @classmethod
     def of(cls, wishes: Mapping[str, Any]) -> Sampling:
@@ -100,6 +103,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "stop": (
         _stops, f"a text or a list of up to {MAX_STOPS} texts, none empty", f"一个字符串或至多 {MAX_STOPS} 个非空字符串"
     ),
+    "lookup": (lambda v: type(v) is int and 0 <= v <= 64, "a whole number from 0 to 64", " 0 到 64 的整数"),
     "seed": (lambda v: v is None or type(v) is int, "a whole number or null", "整数或 null"),
 }
 """What each field may be: a check, and the same in English and Chinese."""

@@ -78,6 +78,21 @@ class LanguageModel(Emitter):
             cache.recent_BN = torch.cat((cache.recent_BN[:, 1:], ids_B1), dim=1)
         return self.head(x_B1D[:, 0])
 
+    def extend(self, ids_BT: Tensor, cache: Cache) -> Tensor:
+        """Several more tokens a row (B, T), as far as they turn out right: the logits after each (B, T, V). ``keep``
+        says how many were."""
+        positions = None
+        if self.config.positions in ("learned", "sinusoidal"):
+            positions = torch.tensor(cache.lengths, device=ids_BT.device)[:, None] + torch.arange(ids_BT.shape[1])
+        return self.head(self.trunk(self.input(ids_BT, positions, cache.recent_BN), cache=cache))
+
+    def keep(self, ids_BT: Tensor, counts: Sequence[int], cache: Cache) -> None:
+        """Advance the cache by the first `counts` of the tokens that ``extend`` took in, one number a row."""
+        cache.advance(counts)
+        if cache.recent_BN is not None:
+            reach, known = cache.recent_BN.shape[1], torch.cat((cache.recent_BN, ids_BT), dim=1)
+            cache.recent_BN = torch.stack([row[n : n + reach] for row, n in zip(known, counts, strict=True)])
+
 
 class TextGeneration(Task):
     """Next-token prediction over the windows of a stream of text."""
