@@ -28,6 +28,9 @@ def test_the_ceiling_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     for precision in (torch.float32, torch.float32, torch.bfloat16, torch.float32):
         assert meter.ceiling(CPU, precision, store) == 5e9
     assert measured == [torch.float32, torch.bfloat16] and len(json.loads(store.read_text())) == 2
+    assert meter.ceiling(CPU, torch.float32, store, least=4e9) == 5e9 and len(measured) == 2
+    assert meter.ceiling(CPU, torch.float32, store, least=6e9) == 6e9 and len(measured) == 3  # it was disturbed
+    assert meter.ceiling(CPU, torch.float32, store) == 6e9
     store.write_text("torn {")
     assert meter.ceiling(CPU, torch.float32, store) == 5e9
     blocked = tmp_path / "file"
@@ -60,10 +63,11 @@ def test_without_counters_it_is_an_estimate_and_says_so(tmp_path: Path, monkeypa
     clock = [10.0]
     monkeypatch.setattr(meter.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(meter, "RAPL", tmp_path)
-    monkeypatch.setattr(meter, "ceiling", lambda *_: 1e9)
+    monkeypatch.setattr(meter, "ceiling", lambda *_, least=0: max(1e9, least))
     monkeypatch.setattr(meter.Energy.__init__, "__defaults__", (tmp_path,))
     found = meter.Meter(CPU, torch.float32, 2e6, [{"step": 3, "joules_estimated": 100.0},
                                                    {"step": 9, "joules_estimated": 900.0}], step=5)  # fmt: skip
     clock[0] = 12.5
     # 2 million operations, 100 times a second, of a thousand million; what was logged after step 5 is dropped.
     assert found.read(100) == {"share_of_ceiling": 0.2, "joules_estimated": 100 + 2.5 * meter.CORE_WATTS}
+    assert found.read(1000)["share_of_ceiling"] == 1  # what is reached is possible
