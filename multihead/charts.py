@@ -79,9 +79,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    rounds = (0.5, 1, 2, 5, 10)
+    fit = next(i for i, m in enumerate(rounds) if m * power >= rough * 0.999)
+    for m in (rounds[fit], rounds[fit - 1]):  # the wider one may have no multiple inside
+        step = m * power
+        found = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if found:
+            break
+    return found
 
 
 def short(value: float) -> str:

@@ -135,7 +135,7 @@ def test_there_and_back_the_bits_are_the_same(kind: str, processor: str, tmp_pat
 
 
 VIT = {"d_model": 32, "num_layers": 2, "num_heads": 4, "norm": "layernorm", "activation": "gelu",
-       "positions": "learned", "bias": True}
+       "positions": "learned", "bias": True, "conv_kernel": 0}
 LIKE = {"stem": "linear", "pool": "class", "size": 16}
 
 
