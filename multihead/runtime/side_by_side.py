@@ -24,7 +24,7 @@ class SideBySide:
 
     def __init__(self, count: int, cores: int = 1) -> None:
         self.count, own = count, torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(count, "part", torch.set_num_threads, (cores,))
+        self.pool = ThreadPoolExecutor(count, "part", _begin, (cores,))
         all_there = threading.Barrier(count + 1)
         for _ in range(count):
             self.pool.submit(all_there.wait)
@@ -37,6 +37,11 @@ class SideBySide:
         futures = [self.pool.submit(work, jobs[n :: self.count]) for n in range(min(self.count, len(jobs)))]
         wait(futures)
         return [future.result() for future in futures]
+
+
+def _begin(cores: int) -> None:
+    torch.get_num_threads()  # a thread that never asked takes over, at its first operation, what others have set
+    torch.set_num_threads(cores)
 
 
 class Gradients:
