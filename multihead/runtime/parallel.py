@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError, tr
+from ..transformer import noise
 from ..transformer.trunk import Block, Trunk
 from . import machine
 from .crew import Crew
@@ -216,7 +217,7 @@ class _Twice:
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args)
-        return checkpoint(self.forward, *args, use_reentrant=False)
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=noise.twice)
 
 
 # ---- tables with sparse gradients ----------------------------------------------------------------------------------
