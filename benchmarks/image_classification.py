@@ -69,7 +69,6 @@ class Plan:
     std: tuple[float, ...]
     batch: int
     shift: int
-    threads: int
 
     @classmethod
     def of(cls, trainer: Trainer) -> Plan:
@@ -84,7 +83,7 @@ class Plan:
         }  # fmt: skip
         images = np.array(rows.stream("image")).reshape(-1, *_shape(codec))
         return cls(shape, images, np.array(rows.stream("label")), codec.mean, codec.std,
-                   trainer.settings.batch_size, round(task.options.shift * codec.size), trainer.threads)
+                   trainer.settings.batch_size, round(task.options.shift * codec.size))
 
 
 class Peer:
@@ -214,7 +213,9 @@ def accuracy(args: Any, part: str) -> int:
             ours = Trainer(recipe, task, run, progress=False)
             spent = {"ours": clock() - start, "peer": 0.0}  # preparing is ours to pay for
             peer = None if args.alone else Peer(Plan.of(ours))
-            print(f"ours: {ours.steps} steps, {ours.threads} threads, prepared in {spent['ours']:.0f} s", flush=True)
+            threads, together = ours.stepper.way
+            print(f"ours: {ours.steps} steps, {threads} threads, {together} side by side, prepared in "
+                  f"{spent['ours']:.0f} s", flush=True)
             with Log(run.file("log.jsonl"), 0) as log:
                 curve = compete(ours, peer, log, spent, budget, clock)
             test = Store(run.file("data/test"))
@@ -242,7 +243,7 @@ def compete(ours: Trainer, peer: Peer | None, log: Log, spent: dict[str, float],
     assert ours.valid is not None
     curve, every = [], max(1, ours.steps // 10)
     while ours.step < ours.steps or (peer is not None and spent["peer"] < budget):
-        ours.stepper.work_in((ours.threads, ours.side_by_side))
+        ours.stepper.work_in(ours.stepper.way)
         start = clock()
         while ours.step < ours.steps and clock() - start < TURN:
             ours._one(log)

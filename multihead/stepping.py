@@ -29,6 +29,8 @@ from multihead.transformer import noise
 
 Part = tuple[int, int, int]
 """A micro-batch: its number, its first row in the global batch, and the one behind its last."""
+Way = tuple[int, int]
+"""How a step is worked out on a CPU: cores that are taken, threads that work side by side."""
 
 
 class Outcome(NamedTuple):
@@ -68,7 +70,8 @@ class Stepper:
     Attributes:
         at_once: rows of a micro-batch; None: a process's, or a thread's, whole share of a batch. Halved where they do
             not fit.
-        threads: what works out micro-batches at the same time; None: they come one after the other.
+        way: cores that are taken, and threads that work out micro-batches side by side; with one they come one after
+            the other.
     """
 
     def __init__(
@@ -79,7 +82,8 @@ class Stepper:
         self.device, self.precision, self.say = place, precision, say
         self.loader = Loader(examples, self.settings.batch_size, seed=recipe.seed, lengths=task.length(examples))
         self.at_once = self.settings.micro_batch
-        self.threads: SideBySide | None = None
+        self.way: Way = (torch.get_num_threads(), 1)
+        self.side_by_side: SideBySide | None = None
         self.reading = threading.Lock()
         shares(self.loader.batch_size, self.at_once, crew.rank, crew.world)  # refuses before anything is built
 
@@ -101,12 +105,13 @@ class Stepper:
         self.optimizer = build.training_optimizer(self.recipe, model)
         return taken
 
-    def work_in(self, way: tuple[int, int]) -> None:
+    def work_in(self, way: Way) -> None:
         """Take so many cores, and cut batches for so many threads side by side."""
         cores, count = way
         torch.set_num_threads(cores)
-        if count != (self.threads.count if self.threads else 1):
-            self.threads = SideBySide(count, max(1, cores // count)) if count > 1 else None
+        if way != self.way:
+            self.side_by_side = SideBySide(count, max(1, cores // count)) if count > 1 else None
+            self.way = way
 
     def update(self, step: int, steps: int, signalled: bool = False) -> Outcome:
         """Step number `step` (from 0) of `steps`."""
@@ -130,13 +135,13 @@ class Stepper:
         """This process's sums of loss, count and further losses, gradients of which the model then holds; None where
         memory did not suffice and fewer rows at once may do."""
         indices = self.loader.batch(step)
-        at_once = self.at_once or (-(-len(indices) // self.threads.count) if self.threads else None)
+        at_once = self.at_once or (-(-len(indices) // self.way[1]) if self.side_by_side else None)
         mine = shares(len(indices), at_once, self.crew.rank, self.crew.world)
         told = Told()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            if self.threads:
-                self._side_by_side(self.threads, step, indices, mine, told)
+            if self.side_by_side:
+                self._together(self.side_by_side, step, indices, mine, told)
             else:
                 for part in mine:
                     with self.engine.talking(last=part == mine[-1]):
@@ -147,7 +152,7 @@ class Stepper:
             rows = max(stop - start for _, start, stop in mine)
             if not out_of_memory(error):
                 raise
-            if self.crew.world > 1 or (rows == 1 and not self.threads):
+            if self.crew.world > 1 or (rows == 1 and not self.side_by_side):
                 raise self._too_much(rows, error) from None
             return None
         self.engine.reduce()
@@ -162,7 +167,7 @@ class Stepper:
         with device.autocast(self.device, self.precision):
             return self.engine.asked(batch)
 
-    def _side_by_side(self, threads: SideBySide, step: int, indices: np.ndarray, mine: list[Part], told: Told) -> None:
+    def _together(self, threads: SideBySide, step: int, indices: np.ndarray, mine: list[Part], told: Told) -> None:
         def work(own: Sequence[Part]) -> tuple[Gradients, Told]:
             found, said = Gradients(self.model), Told()
             for part in own:
@@ -187,14 +192,19 @@ class Stepper:
 
     def _halve(self) -> None:
         """Half as many rows at once from here on. What was summed of the step is dropped, and it begins anew."""
-        rows = self.at_once or -(-self.loader.batch_size // (self.threads.count if self.threads else 1))
-        if rows == 1:
-            self.threads = None  # the last thing to spare
+        rows = self.at_once or -(-self.loader.batch_size // self.way[1])
         self.at_once = -(-rows // 2)
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if rows == 1:  # of each thread
+            self.work_in((self.way[0], 1))
+            self.say(tr("out of memory with one row a thread; from here on one after the other: the gradients are the "
+                        "same. train.side_by_side=1 begins so",
+                        "每个线程一次只算一行仍内存不足；此后依次计算，梯度不变。"
+                        "可用 train.side_by_side=1 直接这样开始"))
+            return
         parts = -(-self.loader.batch_size // self.at_once)
         self.say(tr(
             f"out of memory with {rows} rows at once; from here on {self.at_once}, {parts} times a step: the gradients "
@@ -221,7 +231,7 @@ class Stepper:
         return told
 
 
-def ways(recipe: Recipe, task: Task, place: torch.device, crew: Crew | None = None) -> list[tuple[int, int]]:
+def ways(recipe: Recipe, task: Task, place: torch.device, crew: Crew | None = None) -> list[Way]:
     """How steps may be worked out on a CPU: cores to use, and threads that work side by side on parts of a batch."""
     s, crew = recipe.train, crew or Crew()
     if place.type != "cpu" or crew.world > 1:
@@ -229,8 +239,8 @@ def ways(recipe: Recipe, task: Task, place: torch.device, crew: Crew | None = No
         return [(s.threads if isinstance(s.threads, int) else own, 1)]
     counts = [s.threads] if isinstance(s.threads, int) else device.candidates()
     if isinstance(s.side_by_side, int):
-        return [(max(n, s.side_by_side), s.side_by_side) for n in counts]
-    if isinstance(s.threads, int) or s.micro_batch is not None or s.recompute or not task.rows_apart:
+        return list(dict.fromkeys((max(n, s.side_by_side), s.side_by_side) for n in counts))
+    if isinstance(s.threads, int) or s.micro_batch is not None or not task.rows_apart:
         return [(n, 1) for n in counts]
     return [*((n, 1) for n in counts), *((n, n) for n in counts if 1 < n <= s.batch_size)]
 

@@ -120,7 +120,7 @@ class Trainer:
         self.stepper = Stepper(recipe, task, self.examples, self.crew, self.device, self.precision, self._say)
         self.bar: Progress | None = None
         self.saved, self.skipped = keeping.latest(folder, self.crew)
-        self.steps, self.threads, self.side_by_side = self._scale()
+        self.steps = self._scale()
         self.taken = self.stepper.build(fresh=self.saved is None)
         self.ema = optim.EMA(self.model, self.settings.ema) if self.settings.ema else None
         self.step = 0
@@ -144,8 +144,8 @@ class Trainer:
     def _has(self, part: str) -> bool:
         return self.folder.file(f"data/{part}").is_dir() and len(Store(self.folder.file(f"data/{part}"))) > 0
 
-    def _scale(self) -> tuple[int, int, int]:
-        """Steps of the whole run, threads to use, and how many work side by side: what the checkpoint says, else by a
+    def _scale(self) -> int:
+        """Take the way in which steps are worked out, and say how many there are: what the checkpoint says, else by a
         short measurement."""
         s, meta = self.settings, self.saved.meta if self.saved is not None else None
         open_to = ways(self.recipe, self.task, self.device, self.crew)
@@ -153,18 +153,18 @@ class Trainer:
             same = meta.get("world", 1) == self.crew.world
             way = (meta["threads"], meta.get("side_by_side", 1)) if same else open_to[-1]
             self.stepper.work_in(way)
-            return meta["steps"], *way
+            return meta["steps"]
         self.stepper.work_in(open_to[0])
         if not s.steps or (s.minutes is None and len(open_to) == 1):
-            return s.steps, *open_to[0]
+            return s.steps
         self.stepper.build(fresh=True)  # thrown away after the measurement
         step = iter(range(1 << 30))
 
         def work() -> None:
             self.stepper.update(next(step), s.steps)
 
-        way = device.choose(open_to, self.stepper.work_in, work)
-        return (s.steps if s.minutes is None else self._steps_in(s.minutes, work)), *way
+        device.choose(open_to, self.stepper.work_in, work)
+        return s.steps if s.minutes is None else self._steps_in(s.minutes, work)
 
     def _steps_in(self, minutes: float, work: Callable[[], None]) -> int:
         """So many steps take about `minutes`, but for a twentieth that is left for evaluations and checkpoints."""
@@ -347,8 +347,8 @@ class Trainer:
             "best": self.best,
             "done": self.done,
             "steps": self.steps,
-            "threads": self.threads,
-            "side_by_side": self.side_by_side,
+            "threads": self.stepper.way[0],
+            "side_by_side": self.stepper.way[1],
             "seconds": self.seconds,
             "precision": str(self.precision).removeprefix("torch."),
         }
@@ -364,8 +364,9 @@ class Trainer:
             self._say(str(self.taken))
         parameters = build.trainable(self.model)
         number = str(self.precision).removeprefix("torch.")
-        where = tr(f"{self.threads} threads", f"{self.threads} 线程") if self.device.type == "cpu" else str(self.device)
-        if self.side_by_side > 1:
+        threads, together = self.stepper.way
+        where = tr(f"{threads} threads", f"{threads} 线程") if self.device.type == "cpu" else str(self.device)
+        if together > 1:
             where += tr(" side by side", "（各算一部分）")
         if self.crew.world > 1:
             how, many = self.stepper.engine.name, self.crew.world

@@ -212,7 +212,7 @@ class Contract:
         wish = ("model.dropout=0.1", "train.batch_size=8", "train.micro_batch=4")
         alone = self._trainer(recipe_path, tmp_path / "a", *wish)
         together = self._trainer(recipe_path, tmp_path / "b", *wish, "train.side_by_side=2")
-        assert together.stepper.threads is not None and alone.stepper.threads is None
+        assert together.stepper.side_by_side is not None and alone.stepper.side_by_side is None
         torch.set_num_threads(1)  # what is not side by side is to have as many cores in both
         for step in range(2):
             assert alone._update(step)[:3] == together._update(step)[:3]

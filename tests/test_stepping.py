@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,14 +118,41 @@ def counted() -> Iterator[list[int]]:
         yield kept
 
 
+def same_bits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_recompute_draws_the_same_noise_in_each_of_several_threads(recipe_path: Path, tmp_path: Path) -> None:
+    wishes = ["model.dropout=0.3", "train.micro_batch=4"]  # of 8
+    plain = trainer(recipe_path, tmp_path / "plain", *wishes)
+    twice = trainer(recipe_path, tmp_path / "twice", *wishes, "train.side_by_side=2", "train.recompute=true")
+    same_bits(gradients(plain), gradients(twice))
+
+
+def test_threads_side_by_side_are_the_last_thing_to_spare(recipe_path: Path, tmp_path: Path) -> None:
+    one = trainer(recipe_path, tmp_path / "run", "train.side_by_side=2", "train.batch_size=4")
+    asked, threads = one.stepper.engine.asked.ask, set[str]()
+
+    def ask(model: Any, batch: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        if len(batch["ids"]) > 1 or one.stepper.side_by_side:
+            raise ERRORS[0]
+        return asked(model, batch)
+
+    told: list[str] = []
+    one.stepper.engine.asked.ask, one.stepper.say = ask, told.append
+    one._update(0)
+    assert one.stepper.at_once == 1 and one.stepper.way[1] == 1 and len(threads) > 1
+    assert "from here on 1, 4 times" in told[0] and "one after the other" in told[1]
+
+
 def test_recompute_keeps_less_and_changes_no_bit(recipe_path: Path, tmp_path: Path) -> None:
     """Dropout draws the same noise the second time."""
     wishes = ["model.dropout=0.3", "model.num_layers=6"]
     plain = trainer(recipe_path, tmp_path / "plain", *wishes)
     twice = trainer(recipe_path, tmp_path / "twice", *wishes, "train.recompute=true")
-    expected, found = gradients(plain), gradients(twice)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    same_bits(gradients(plain), gradients(twice))
     batch = plain._batch(0, plain.stepper.loader.batch(0), 0)
     sizes = []
     for one in (plain, twice):
